@@ -5,7 +5,34 @@ package main
 
 import (
 	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
 	"time"
+)
+
+const (
+	firstChunkBytes = 1 << 10  // most commands say little: do not allocate for those that say much
+	chunkBytes      = 32 << 10 // of captured output
+	streamBytes     = 256 << 10
+
+	startPatience = 3 * time.Second // how long the kernel may take over one exec before it is given up; probe catches what is known to hang
+	drainPatience = time.Second     // how long a pipe may stay open when nothing of the command is left (an unkillable process holds it)
+	sweepPatience = 5 * time.Second // how long a killed process may take to die (it hangs in the kernel: a dead network file system)
+	sweepPauseMin = 100 * time.Microsecond
+	sweepPauseMax = 5 * time.Millisecond
+	orphanRound   = time.Second // how often dead orphans of a long run are reaped
+
+	// The lists of children that the kernel gives are not atomic: one empty round may have missed a process that was
+	// just handed over. With two rounds always, 3 of 2,278 hostile runs left something; with five after a hit, none of 13,000.
+	quietRounds         = 2
+	quietRoundsAfterHit = 5
 )
 
 // command is everything one run needs, taken from one snapshot.
@@ -13,6 +40,7 @@ type command struct {
 	what       approved
 	env        []string
 	cwd        string
+	pathDirs   []string    // where a name without a slash is looked up, absolute
 	cred       *credential // nil: the server's own user
 	limits     rlimits
 	noNewPrivs bool
@@ -48,30 +76,692 @@ type outcome struct {
 	exitCode                 int    // valid if exited
 	exited                   bool   // false: killed by a signal, or never ran
 	signal                   string // "SIGSEGV"; "" if exited
-	err                      error  // endStart: a sentence for the agent
+	signalNumber             int
+	err                      error  // endStart, endInternal: a sentence for the agent
 	stdout, stderr           chunks // captured output, in pieces; empty with a sink
-	stdoutBytes, stderrBytes int64  // raw bytes that were read
+	stdoutBytes, stderrBytes int64  // raw bytes captured or handed to the sink
 	duration                 time.Duration
 }
 
 // chunks is captured output as a list of pieces, so that it is never copied to grow.
 type chunks [][]byte
 
-// runner starts and ends commands; one for the whole server.
-type runner struct{}
+// startError is why a command did not start, with the exit code that a shell would report.
+type startError struct {
+	code int // 126: found but not executable, 127: not found
+	msg  string
+}
 
-// newRunner prepares the server for running commands: spawner threads, subreaper, core limit; then ends what a crashed server
-// of the same configuration directory left (returning how many processes that were).
-func newRunner(configDir string) (*runner, int, error) { panic("exec") }
+func (e *startError) Error() string { return e.msg }
 
-// acquire takes one of max slots; false if all are taken or the runner shuts down. release is called when run has returned and exec_end is written.
-func (r *runner) acquire(max int) (release func(), ok bool) { panic("exec") }
+// runner starts and ends commands; one for the whole process (a second one would take the first one's commands for strays).
+type runner struct {
+	null     *os.File // /dev/null, shared by all commands as standard input
+	stopping chan struct{}
+	starting sync.Mutex // held from setting the tag to the birth of the child that inherits it
 
-// run runs the command to its end. ctx is the request's: its cancellation means that the client is gone.
-func (r *runner) run(ctx context.Context, c command) outcome { panic("exec") }
+	mu       sync.Mutex
+	stopped  bool
+	slots    int
+	next     runTag          // of the next run; goes down, as a tag can only be lowered
+	live     map[runTag]bool // runs that have begun and are not swept yet
+	leaders  map[int]bool    // first processes: reaped by their own run only
+	strays   map[int]bool    // children that were there before the runner, not ours to end
+	spawners [2]chan func()  // locked threads: 0 without, 1 with no_new_privs
+	lists    []*childList    // of the main thread and of every spawner's
+}
+
+// newRunner prepares this process for running commands: subreaper, no core dumps, the first tag.
+// id separates the runs of one configuration directory from those of another.
+func newRunner(id string) (*runner, error) {
+	// A start holds one of Go's processors until the kernel has done the exec: never let that be the only one.
+	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0)))
+	null, err := os.Open(os.DevNull)
+	if err != nil {
+		return nil, err
+	}
+	first, err := prepareProcess(id)
+	if err != nil {
+		return nil, err
+	}
+	r := &runner{null: null, stopping: make(chan struct{}), next: first,
+		live: map[runTag]bool{}, leaders: map[int]bool{}, strays: map[int]bool{}}
+	list, err := mainThreadChildren()
+	if err != nil {
+		return nil, err
+	}
+	r.lists = []*childList{list}
+	for _, pid := range list.pids() {
+		r.strays[pid] = true
+	}
+	return r, nil
+}
+
+// endLeftovers kills what a crashed server of the same id left alive, and says how many processes that were.
+// Only a server calls it, and only when it holds the pid file's lock: another server's commands would look like leftovers.
+func (r *runner) endLeftovers() int {
+	ended := map[int]bool{}
+	for begun := time.Now(); time.Since(begun) < sweepPatience; time.Sleep(sweepPauseMax) {
+		left := taggedProcesses(r.next)
+		if len(left) == 0 {
+			break
+		}
+		for _, pid := range left {
+			ended[pid] = true
+			signalProcess(pid, syscall.SIGKILL)
+		}
+	}
+	return len(ended)
+}
+
+// acquire takes one of limit slots; false if all are taken or the runner shuts down. release is called when run has
+// returned and its end is recorded.
+func (r *runner) acquire(limit int) (release func(), ok bool) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.stopped || r.slots >= limit {
+		return nil, false
+	}
+	r.slots++
+	return sync.OnceFunc(func() {
+		r.mu.Lock()
+		r.slots--
+		r.mu.Unlock()
+	}), true
+}
 
 // shutdown ends every running command with endShutdown and lets no further one start. It does not wait.
-func (r *runner) shutdown() { panic("exec") }
+func (r *runner) shutdown() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !r.stopped {
+		r.stopped = true
+		close(r.stopping)
+	}
+}
 
 // shuttingDown says whether shutdown was called.
-func (r *runner) shuttingDown() bool { panic("exec") }
+func (r *runner) shuttingDown() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.stopped
+}
+
+// run runs the command to its end. ctx is the request's: its cancellation means that the client is gone.
+//
+// A run is starting (until the kernel has taken the exec), running (until its first process is gone, or something ends it),
+// ending (TERM, grace, KILL), and gone (group killed, leader reaped, escapes swept, pipes drained), in this order.
+func (r *runner) run(ctx context.Context, c command) (o outcome) {
+	begun := time.Now()
+	defer func() { o.duration = time.Since(begun) }()
+	if len(c.what.argv) == 0 {
+		return outcome{end: endInternal, err: errors.New("the command was not approved")}
+	}
+	deadline := time.NewTimer(c.timeout)
+	defer deadline.Stop()
+	p, err := openPlumbing(c, r.null)
+	if err != nil {
+		return outcome{end: endInternal, err: err}
+	}
+	defer p.close()
+	x := &run{runner: r, command: c, ctx: ctx, deadline: deadline.C, plumbing: p, tag: r.begin(), started: make(chan struct{})}
+	defer r.finish(x.tag)
+
+	go x.start()
+	why := x.until(x.started)
+	if why != endExit && !x.abortStart() {
+		return outcome{end: why}
+	}
+	if x.err != nil {
+		return startFailure(x.err)
+	}
+	p.pump()
+	why, status := x.attend(why)
+	p.drain()
+	return p.outcome(why, status)
+}
+
+// begin numbers a run.
+func (r *runner) begin() runTag {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	tag := r.next
+	r.next--
+	r.live[tag] = true
+	return tag
+}
+
+// finish ends the number's life: what still bears it is hostile from now on.
+func (r *runner) finish(tag runTag) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.live, tag)
+}
+
+func startFailure(err error) outcome {
+	if s, ok := errors.AsType[*startError](err); ok {
+		return outcome{end: endStart, exited: true, exitCode: s.code, err: err}
+	}
+	return outcome{end: endInternal, err: err}
+}
+
+// run is one command on its way.
+type run struct {
+	*runner
+	command
+	*plumbing
+	ctx      context.Context
+	deadline <-chan time.Time
+	tag      runTag
+
+	phase   atomic.Int32  // startWaiting, startForking or startAborted
+	started chan struct{} // closed when pid and err are set
+	pid     int
+	err     error
+}
+
+const (
+	startWaiting = iota
+	startForking
+	startAborted
+)
+
+// until waits for ready (endExit), or for the first reason to end the command.
+func (x *run) until(ready <-chan struct{}) end {
+	tick := time.NewTicker(orphanRound)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ready:
+			return endExit
+		case <-x.ctx.Done():
+			return endClient
+		case <-x.deadline:
+			return endTimeout
+		case why := <-x.broken:
+			return why
+		case <-x.stopping:
+			return endShutdown
+		case <-tick.C:
+			x.reapOrphans()
+		}
+	}
+}
+
+// start finds the file, starts it and closes started. It has a goroutine of its own, as looking at a file may hang.
+func (x *run) start() {
+	defer close(x.started)
+	defer x.closeChildSide()
+	path, direct, err := locate(x.what.argv[0], x.cwd, x.pathDirs)
+	if err != nil {
+		x.err = err
+		return
+	}
+	spec := startSpec{path: path, argv: x.what.argv, env: x.env, dir: x.cwd, files: x.childSide[:], cred: x.cred}
+	if !direct || x.limits != (rlimits{}) {
+		spec.launch(x.limits)
+	}
+	pid, err := x.fork(&spec)
+	if err == nil {
+		if err = spec.confirm(); err != nil {
+			x.bury(pid) // the launcher itself, on its way out
+		}
+	}
+	x.pid, x.err = pid, explainStart(err, x.what.argv[0], x.cwd)
+}
+
+// fork has the spawner thread make the child, with the run's tag on it from birth.
+func (x *run) fork(spec *startSpec) (pid int, err error) {
+	born := make(chan struct{})
+	x.spawner(x.noNewPrivs) <- func() {
+		defer close(born)
+		x.starting.Lock()
+		defer x.starting.Unlock()
+		if !x.phase.CompareAndSwap(startWaiting, startForking) {
+			err = errAborted
+			return
+		}
+		if err = setTag(x.tag); err != nil {
+			return
+		}
+		// The kernel holds this thread until the exec is done. locate and the launcher keep what is known to hang away
+		// from here; whatever else does is killed unborn, and not tried again: nothing may ever run twice.
+		guard := time.AfterFunc(startPatience, func() { x.kill(x.tag) })
+		pid, err = spec.start()
+		if !guard.Stop() && err == nil {
+			err = errHungStart
+			go x.bury(pid)
+		}
+		if err == nil {
+			x.mu.Lock()
+			x.leaders[pid] = true
+			x.mu.Unlock()
+		}
+	}
+	<-born
+	return pid, err
+}
+
+// spawner gives the thread that starts commands, and makes it at first use. It is locked to its goroutine and never ends,
+// as a command's parent-death signal comes when the thread that started it ends, not when the process does (prctl(2)).
+func (r *runner) spawner(noNewPrivs bool) chan<- func() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	kind := 0
+	if noNewPrivs {
+		kind = 1
+	}
+	if r.spawners[kind] == nil {
+		r.spawners[kind] = make(chan func())
+		ready := make(chan *childList)
+		go spawn(noNewPrivs, r.spawners[kind], ready)
+		if list := <-ready; list != nil {
+			r.lists = append(r.lists, list)
+		}
+	}
+	return r.spawners[kind]
+}
+
+// spawn is the life of one spawner thread. Never the main thread: that one's list is of adopted orphans alone.
+func spawn(noNewPrivs bool, jobs <-chan func(), ready chan<- *childList) {
+	runtime.LockOSThread()
+	if onMainThread() {
+		go spawn(noNewPrivs, jobs, ready)
+		select {}
+	}
+	ready <- prepareSpawner(noNewPrivs)
+	for job := range jobs {
+		job()
+	}
+}
+
+// abortStart gives up a start for another reason than its own failure. false: nothing was started, nor will be;
+// true: pid and err are set, as after any start.
+func (x *run) abortStart() bool {
+	if x.phase.CompareAndSwap(startWaiting, startAborted) {
+		return false
+	}
+	for begun := time.Now(); time.Since(begun) < sweepPatience; {
+		select {
+		case <-x.started:
+			return true
+		case <-time.After(sweepPauseMax):
+			x.kill(x.tag) // it may hang in the exec, unborn
+		}
+	}
+	go func() { // it cannot be killed now: end it when the kernel lets go
+		<-x.started
+		if x.err == nil {
+			x.bury(x.pid)
+		}
+	}()
+	return false
+}
+
+// attend sees a started command through to where nothing of it is alive. why is endExit, or the reason to end it at once.
+func (x *run) attend(why end) (end, syscall.WaitStatus) {
+	exited := make(chan struct{})
+	go func() {
+		waitExit(x.pid)
+		close(exited)
+	}()
+	if why == endExit {
+		why = x.until(exited)
+	}
+	if why != endExit {
+		signalGroup(x.pid, syscall.SIGTERM)
+		signalGroup(x.pid, syscall.SIGCONT) // a stopped process takes no TERM
+		select {
+		case <-exited:
+		case <-time.After(x.killGrace):
+		}
+	}
+	// While the leader is unreaped, its number and so its group's cannot belong to anybody else.
+	for begun := time.Now(); ; {
+		signalGroup(x.pid, syscall.SIGKILL)
+		select {
+		case <-exited:
+			status := x.reap(x.pid)
+			x.sweep(x.tag)
+			return why, status
+		case <-time.After(sweepPauseMax):
+		}
+		x.kill(x.tag) // an escaped tracer can hold the leader
+		if time.Since(begun) > sweepPatience {
+			go x.bury(x.pid) // it hangs in the kernel, beyond any signal: reap it when it comes back
+			return why, syscall.WaitStatus(syscall.SIGKILL)
+		}
+	}
+}
+
+// bury kills a process group and reaps its leader, however long that takes.
+func (r *runner) bury(pid int) {
+	signalGroup(pid, syscall.SIGKILL)
+	signalProcess(pid, syscall.SIGKILL) // before setsid it leads no group
+	waitExit(pid)
+	r.reap(pid)
+}
+
+// reap takes a leader's exit status, after which its number may be another's.
+func (r *runner) reap(pid int) syscall.WaitStatus {
+	status := reapProcess(pid)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.leaders, pid)
+	return status
+}
+
+// sweep ends everything that bears the tag or a tag of no live run, and returns when nothing of that is left:
+// killing a process hands its children to us, the subreaper, where the next round finds them.
+func (r *runner) sweep(tag runTag) {
+	pause, begun := sweepPauseMin, time.Now()
+	for quiet, need := 0, quietRounds; quiet < need && time.Since(begun) < sweepPatience; {
+		if !r.kill(tag) {
+			quiet++
+			continue
+		}
+		quiet, need = 0, quietRoundsAfterHit
+		time.Sleep(pause)
+		pause = min(2*pause, sweepPauseMax)
+	}
+}
+
+// kill is one round of a sweep; it says whether there was anything to end.
+func (r *runner) kill(tag runTag) (found bool) {
+	for _, pid := range r.children() {
+		doomed, leader := r.judge(pid, tag)
+		if !doomed {
+			continue
+		}
+		found = true
+		signalProcess(pid, syscall.SIGKILL)
+		if !leader {
+			reapIfDead(pid)
+		}
+	}
+	return found
+}
+
+// judge says whether a child is to be ended with the run of this tag, and whether it is a leader, whose own run reaps it.
+func (r *runner) judge(pid int, tag runTag) (doomed, leader bool) {
+	its, ok := tagOf(pid)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if !ok || r.strays[pid] && !its.tagged() {
+		return false, false
+	}
+	return its == tag || !r.live[its], r.leaders[pid]
+}
+
+// children lists the children of every thread that can have any.
+func (r *runner) children() (pids []int) {
+	r.mu.Lock()
+	lists := r.lists
+	r.mu.Unlock()
+	for _, l := range lists {
+		pids = append(pids, l.pids()...)
+	}
+	return pids
+}
+
+// reapOrphans takes the exit status of what a long run orphaned and what has died since: it would stay a zombie until the sweep.
+func (r *runner) reapOrphans() {
+	for _, pid := range r.lists[0].pids() {
+		r.mu.Lock()
+		ours := !r.leaders[pid] && !r.strays[pid]
+		r.mu.Unlock()
+		if ours {
+			reapIfDead(pid)
+		}
+	}
+}
+
+var (
+	errAborted   = errors.New("the start was given up")
+	errHungStart = &startError{126, fmt.Sprintf("the system took longer than %v to start it: its file is held by a lease or lies on a file system that does not answer", startPatience)}
+)
+
+// explainStart turns what the kernel answered to execve(2) into what a shell would report.
+func explainStart(err error, name, cwd string) error {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok {
+		return err
+	}
+	switch errno {
+	case syscall.ENOENT, syscall.ENOTDIR:
+		if _, err := os.Stat(cwd); err != nil {
+			return &startError{126, fmt.Sprintf("the working directory %q cannot be entered: %v", cwd, errno)}
+		}
+		return &startError{127, fmt.Sprintf("%q cannot be executed: the interpreter it names does not exist", name)}
+	case syscall.EAGAIN, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.EPERM:
+		return fmt.Errorf("no process could be made for %q: %w", name, err)
+	}
+	return &startError{126, fmt.Sprintf("%q cannot be executed: %v", name, errno)}
+}
+
+// locate finds the file of a command name: this very binary for aexec and ae, else on the path, never in the current directory
+// unless the name has a slash. direct says that the kernel can open it, and at once, so that an exec of it will not hang.
+func locate(name, cwd string, pathDirs []string) (path string, direct bool, err error) {
+	if name == "aexec" || name == "ae" {
+		return ownBinary(), true, nil
+	}
+	if strings.Contains(name, "/") {
+		if !filepath.IsAbs(name) {
+			name = filepath.Join(cwd, name)
+		}
+		pathDirs, name = []string{filepath.Dir(name)}, filepath.Base(name)
+	}
+	failure := &startError{127, fmt.Sprintf("%q was not found", name)}
+	for _, dir := range pathDirs {
+		path := filepath.Join(dir, name)
+		info, err := os.Stat(path)
+		switch {
+		case errors.Is(err, os.ErrPermission):
+			failure = &startError{126, fmt.Sprintf("%q cannot be looked at: permission denied", path)}
+		case err != nil:
+		case !info.Mode().IsRegular():
+			failure = &startError{126, fmt.Sprintf("%q is not a file", path)}
+		case info.Mode()&0o111 == 0:
+			failure = &startError{126, fmt.Sprintf("%q is not executable", path)}
+		default:
+			return path, opensAtOnce(path), nil
+		}
+	}
+	return "", false, failure
+}
+
+// plumbing is the pipes of one run, and what comes out of them.
+type plumbing struct {
+	limit     int64
+	total     atomic.Int64
+	broken    chan end   // the first reason of the output to end the run; room for one
+	sink      sink       // nil: captured
+	sinking   sync.Mutex // one call of sink at a time
+	streams   [2]stream  // standard output, standard error
+	stdin     *os.File   // our end, nil for /dev/null
+	input     []byte
+	childSide [3]int // descriptors that the child gets as 0, 1, 2
+	null      int    // the one of them that is not ours to close
+	pumps     sync.WaitGroup
+}
+
+type stream struct {
+	number   int
+	file     *os.File
+	fd       int // of file, for as long as it is open
+	captured chunks
+	bytes    int64
+}
+
+func openPlumbing(c command, null *os.File) (*plumbing, error) {
+	size := 0
+	if c.sink != nil {
+		size = streamBytes
+	}
+	p := &plumbing{limit: c.maxBytes, broken: make(chan end, 1), sink: c.sink, input: c.stdin, null: int(null.Fd())}
+	p.childSide = [3]int{p.null, p.null, p.null}
+	for i := range p.streams {
+		s := &p.streams[i]
+		var err error
+		if s.file, s.fd, p.childSide[i+1], err = outputPipe(size); err != nil {
+			p.closeChildSide()
+			p.close()
+			return nil, err
+		}
+		s.number = i + 1
+	}
+	if c.stdin != nil {
+		var err error
+		if p.childSide[0], p.stdin, err = inputPipe(); err != nil {
+			p.closeChildSide()
+			p.close()
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+func (p *plumbing) closeChildSide() {
+	for _, fd := range p.childSide {
+		if fd != p.null {
+			syscall.Close(fd)
+		}
+	}
+}
+
+func (p *plumbing) close() {
+	for _, s := range p.streams {
+		if s.file != nil {
+			s.file.Close()
+		}
+	}
+	if p.stdin != nil {
+		p.stdin.Close()
+	}
+}
+
+// pump starts to move input and output, once the command has started.
+func (p *plumbing) pump() {
+	if p.stdin != nil {
+		go func() {
+			p.stdin.Write(p.input) // what is not read is not missed
+			p.stdin.Close()
+		}()
+	}
+	for i := range p.streams {
+		s := &p.streams[i]
+		if p.sink != nil {
+			p.pumps.Go(func() { p.forward(s) })
+		} else {
+			p.pumps.Go(func() { p.capture(s) })
+		}
+	}
+}
+
+// drain waits for the end of the output, when nothing that the command started is alive. The deadline is for a pipe that
+// something beyond our reach holds open (a process that changed its user, or hangs in the kernel).
+func (p *plumbing) drain() {
+	for _, s := range p.streams {
+		s.file.SetReadDeadline(time.Now().Add(drainPatience))
+	}
+	p.pumps.Wait()
+}
+
+// capture keeps what fits the limit, in pieces, and reads on to the end.
+func (p *plumbing) capture(s *stream) {
+	for size := firstChunkBytes; ; size = chunkBytes {
+		piece := make([]byte, size)
+		have := 0
+		for have < size {
+			n, err := s.read(piece[have:])
+			have += p.admit(n)
+			if err != nil {
+				s.keep(piece[:have])
+				return
+			}
+			if p.total.Load() > p.limit {
+				break
+			}
+		}
+		s.keep(piece[:have])
+	}
+}
+
+func (s *stream) keep(piece []byte) {
+	if len(piece) > 0 {
+		s.captured = append(s.captured, piece)
+		s.bytes += int64(len(piece))
+	}
+}
+
+// forward hands what fits the limit to the sink, and reads on to the end.
+func (p *plumbing) forward(s *stream) {
+	buffer := make([]byte, firstChunkBytes)
+	for {
+		n, err := s.read(buffer)
+		if fits := p.admit(n); fits > 0 {
+			p.sinking.Lock()
+			failure := p.sink.output(s.number, buffer[:fits], pendingBytes(s.fd) == 0)
+			p.sinking.Unlock()
+			if failure != nil {
+				p.stop(endClient)
+				p.total.Add(p.limit) // and nothing more is admitted
+			}
+			s.bytes += int64(fits)
+		}
+		if err != nil {
+			return
+		}
+		if n == len(buffer) && n < streamBytes {
+			buffer = make([]byte, streamBytes)
+		}
+	}
+}
+
+// read is Read, less a deadline that passes while there is something to read.
+func (s *stream) read(b []byte) (int, error) {
+	for {
+		n, err := s.file.Read(b)
+		if errors.Is(err, os.ErrDeadlineExceeded) && pendingBytes(s.fd) > 0 {
+			s.file.SetReadDeadline(time.Now().Add(drainPatience))
+			continue
+		}
+		return n, err
+	}
+}
+
+// admit says how many of n more bytes are within the limit.
+func (p *plumbing) admit(n int) int {
+	over := p.total.Add(int64(n)) - p.limit
+	if over <= 0 {
+		return n
+	}
+	p.stop(endOutput)
+	return max(0, n-int(over))
+}
+
+func (p *plumbing) stop(why end) {
+	select {
+	case p.broken <- why:
+	default:
+	}
+}
+
+// outcome sums up a run that started.
+func (p *plumbing) outcome(why end, status syscall.WaitStatus) outcome {
+	if why == endExit {
+		select {
+		case why = <-p.broken: // by what was still in the pipe
+		default:
+		}
+	}
+	out, errs := &p.streams[0], &p.streams[1]
+	o := outcome{end: why, stdout: out.captured, stderr: errs.captured, stdoutBytes: out.bytes, stderrBytes: errs.bytes}
+	switch {
+	case status.Exited():
+		o.exited, o.exitCode = true, status.ExitStatus()
+	case status.Signaled():
+		o.signalNumber, o.signal = int(status.Signal()), signalName(status.Signal())
+	}
+	return o
+}

@@ -1,0 +1,396 @@
+// This file is the Linux system calls behind exec.go and daemon.go, each a few lines with its man page in mind.
+// It may call the kernel directly and import x/sys, and it and its sibling sys_other.go alone.
+// It must not decide when anything happens: it holds no state and knows no request.
+package main
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"os"
+	"runtime"
+	"strconv"
+	"strings"
+	"syscall"
+
+	"golang.org/x/sys/unix"
+)
+
+// runTag marks every process of one run from birth: it is the hard limit RLIMIT_RSS, which Linux has not enforced since 2.4.
+// A child inherits it through fork, setsid and exec; without CAP_SYS_RESOURCE a process can lower it, never raise it.
+// From the top: 8 bits of magic, 20 bits of the configuration directory's hash, 36 bits that count runs downwards.
+type runTag uint64
+
+const (
+	tagMagic   runTag = 0x5A << 56
+	tagDirBits        = 20
+	tagRunBits        = 36
+	tagOwner   runTag = (1<<28 - 1) << tagRunBits // magic and directory
+)
+
+func (t runTag) tagged() bool { return t>>56 == tagMagic>>56 }
+
+// ownTag gives this process's tag, or what stands in its place.
+func ownTag() runTag {
+	t, _ := tagOf(0)
+	return t
+}
+
+// beneathServer says whether this process was started by a command of an aexec server.
+func beneathServer() bool { return ownTag().tagged() }
+
+// prepareProcess makes this process the parent of all orphans below it (prctl(2), PR_SET_CHILD_SUBREAPER), forbids core
+// dumps to it and its children, and gives the first tag of the directory.
+func prepareProcess(id string) (runTag, error) {
+	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
+		return 0, fmt.Errorf("become the parent of orphaned processes: %w", err)
+	}
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return 0, fmt.Errorf("forbid core dumps: %w", err)
+	}
+	own := ownTag()
+	if own.tagged() { // an earlier runner of this process
+		return own - 1, nil
+	}
+	if uint64(own) != unix.RLIM_INFINITY {
+		return 0, errors.New("the limit RLIMIT_RSS is already lowered, and aexec marks its commands with it: start it with ulimit -H -m unlimited (systemd: LimitRSS=infinity)")
+	}
+	h := fnv.New32a()
+	h.Write([]byte(id))
+	dir := runTag(h.Sum32()) & (1<<tagDirBits - 1)
+	return tagMagic | dir<<tagRunBits | (1<<tagRunBits - 1), nil
+}
+
+// setTag marks what this process starts from now on.
+func setTag(t runTag) error {
+	limit := unix.Rlimit{Cur: uint64(t), Max: uint64(t)}
+	if err := unix.Prlimit(0, unix.RLIMIT_RSS, &limit, nil); err != nil {
+		return fmt.Errorf("mark the command: %w", err)
+	}
+	return nil
+}
+
+// tagOf reads a process's tag (0: this one's); false if there is no such process. Where prlimit(2) is not permitted, as the
+// process has another user, /proc tells (slower).
+func tagOf(pid int) (runTag, bool) {
+	var limit unix.Rlimit
+	switch err := unix.Prlimit(pid, unix.RLIMIT_RSS, nil, &limit); err {
+	case nil:
+		return runTag(limit.Max), true
+	case unix.ESRCH:
+		return 0, false
+	}
+	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/limits")
+	if err != nil {
+		return 0, false
+	}
+	_, line, _ := strings.Cut(string(text), "Max resident set")
+	fields := strings.Fields(line)
+	if len(fields) < 2 {
+		return 0, false
+	}
+	if fields[1] == "unlimited" {
+		return runTag(uint64(unix.RLIM_INFINITY)), true
+	}
+	max, err := strconv.ParseUint(fields[1], 10, 64)
+	return runTag(max), err == nil
+}
+
+// taggedProcesses lists all processes with a tag of the same directory as like, dead ones apart.
+func taggedProcesses(like runTag) (pids []int) {
+	for _, pid := range allProcesses() {
+		if t, ok := tagOf(pid); ok && t&tagOwner == like&tagOwner && pid != os.Getpid() && !isZombie(pid) {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+func allProcesses() (pids []int) {
+	proc, err := os.Open("/proc")
+	if err != nil {
+		return nil
+	}
+	defer proc.Close()
+	names, _ := proc.Readdirnames(-1)
+	for _, name := range names {
+		if pid, err := strconv.Atoi(name); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+// procStat gives the state and the parent of a process, from /proc/PID/stat (proc_pid_stat(5)): its name may hold anything but ends at the last ')'.
+func procStat(pid int) (state byte, parent int) {
+	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
+	f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+	if len(f) < 2 {
+		return 0, 0
+	}
+	parent, _ = strconv.Atoi(f[1])
+	return f[0][0], parent
+}
+
+func isZombie(pid int) bool {
+	state, _ := procStat(pid)
+	return state == 'Z' || state == 'X'
+}
+
+// childList is the list of one thread's children. A child that was made with CLONE_PARENT is listed under the thread that
+// made its maker, an orphan under the subreaper's main thread.
+type childList struct{ fd int } // fd -1: the kernel has no lists (CONFIG_PROC_CHILDREN)
+
+func openChildList(tid int) *childList {
+	path := fmt.Sprintf("/proc/self/task/%d/children", tid)
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		fd = -1
+	}
+	return &childList{fd}
+}
+
+func mainThreadChildren() (*childList, error) { return openChildList(os.Getpid()), nil }
+
+// pids reads the list anew.
+func (l *childList) pids() (pids []int) {
+	if l.fd < 0 {
+		return childrenByParent()
+	}
+	var text []byte
+	buffer := make([]byte, 4096)
+	for {
+		n, err := unix.Pread(l.fd, buffer, int64(len(text)))
+		if n <= 0 || err != nil {
+			break
+		}
+		text = append(text, buffer[:n]...)
+	}
+	for _, field := range strings.Fields(string(text)) {
+		if pid, err := strconv.Atoi(field); err == nil {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+func childrenByParent() (pids []int) {
+	for _, pid := range allProcesses() {
+		if _, parent := procStat(pid); parent == os.Getpid() {
+			pids = append(pids, pid)
+		}
+	}
+	return pids
+}
+
+func onMainThread() bool { return unix.Gettid() == os.Getpid() }
+
+// prepareSpawner readies the calling thread, which must be locked, for starting commands. no_new_privs cannot be unset.
+func prepareSpawner(noNewPrivs bool) *childList {
+	if noNewPrivs {
+		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
+			panic(err) // fail safe: kernels since 3.5 cannot refuse it
+		}
+	}
+	return openChildList(unix.Gettid())
+}
+
+// startSpec is what one start needs; with a status pipe it goes through the launcher.
+type startSpec struct {
+	path   string
+	argv   []string
+	env    []string
+	dir    string
+	files  []int
+	cred   *credential
+	status *os.File // what the launcher could not do; nil without it
+	report int      // the launcher's end of status
+	limits *rlimits
+}
+
+// launch has the start go through the launcher: this binary, that sets the limits and becomes the command.
+func (s *startSpec) launch(l rlimits) { s.limits = &l }
+
+// start makes the child (a session of its own, that dies with this thread) and returns when the kernel has done the exec.
+func (s *startSpec) start() (pid int, err error) {
+	path, argv, files := s.path, s.argv, make([]uintptr, 0, 4)
+	for _, fd := range s.files {
+		files = append(files, uintptr(fd))
+	}
+	if s.limits != nil {
+		var fd int
+		if s.status, fd, s.report, err = outputPipe(0); err != nil {
+			return 0, err
+		}
+		_ = fd
+		defer syscall.Close(s.report)
+		files = append(files, uintptr(s.report))
+		path, argv = ownBinary(), append([]string{launcherName, s.limits.encode(), s.path}, s.argv...)
+	}
+	sys := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
+	if s.cred != nil {
+		sys.Credential = &syscall.Credential{Uid: s.cred.Uid, Gid: s.cred.Gid, Groups: s.cred.Groups}
+	}
+	pid, err = syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: s.dir, Env: s.env, Files: files, Sys: sys})
+	runtime.KeepAlive(s)
+	return pid, err
+}
+
+// confirm waits until the launcher has become the command, or gives the error that kept it from that.
+func (s *startSpec) confirm() error {
+	if s.status == nil {
+		return nil
+	}
+	defer s.status.Close()
+	var errno [4]byte
+	if n, _ := s.status.Read(errno[:]); n == len(errno) {
+		return syscall.Errno(binary.NativeEndian.Uint32(errno[:]))
+	}
+	return nil
+}
+
+const (
+	launcherName   = "aexec: launcher" // as argv[0]; no command name that aexec resolves to itself
+	launcherReport = 3                 // descriptor
+)
+
+// limitKinds are the limits in the order in which the launcher gets them; the address space last, as the launcher lives in it too.
+func (l rlimits) kinds() [5]struct {
+	resource int
+	value    uint64
+} {
+	return [5]struct {
+		resource int
+		value    uint64
+	}{
+		{unix.RLIMIT_CPU, l.CPUSeconds}, {unix.RLIMIT_FSIZE, l.FileBytes}, {unix.RLIMIT_NOFILE, l.OpenFiles},
+		{unix.RLIMIT_NPROC, l.Processes}, {unix.RLIMIT_AS, l.MemoryBytes},
+	}
+}
+
+func (l rlimits) encode() string {
+	return fmt.Sprint(l.CPUSeconds, l.MemoryBytes, l.FileBytes, l.OpenFiles, l.Processes)
+}
+
+// launchIfAsked is the launcher: when this process was started as one, it sets its limits, becomes the command and never
+// returns. It runs before anything else in main, and reports by descriptor an errno that a shell would report.
+func launchIfAsked() {
+	if len(os.Args) < 4 || os.Args[0] != launcherName {
+		return
+	}
+	unix.CloseOnExec(launcherReport)
+	var l rlimits
+	_, err := fmt.Sscan(os.Args[1], &l.CPUSeconds, &l.MemoryBytes, &l.FileBytes, &l.OpenFiles, &l.Processes)
+	if err == nil {
+		env := os.Environ()
+		if err = l.apply(); err == nil {
+			err = syscall.Exec(os.Args[2], os.Args[3:], env)
+		}
+	}
+	var errno syscall.Errno
+	if !errors.As(err, &errno) {
+		errno = syscall.EINVAL
+	}
+	syscall.Write(launcherReport, binary.NativeEndian.AppendUint32(nil, uint32(errno)))
+	os.Exit(126) // fail safe: never go on as a command line
+}
+
+// apply sets the limits on this process, never above the hard ones that it has (setrlimit(2)).
+func (l rlimits) apply() error {
+	for _, k := range l.kinds() {
+		if k.value == 0 {
+			continue
+		}
+		var had syscall.Rlimit
+		if err := syscall.Getrlimit(k.resource, &had); err != nil {
+			return err
+		}
+		limit := syscall.Rlimit{Cur: min(k.value, had.Max), Max: min(k.value, had.Max)}
+		if k.resource == unix.RLIMIT_CPU && limit.Max < had.Max {
+			limit.Max++ // at the hard limit comes SIGKILL: leave a second for SIGXCPU, which names the reason
+		}
+		if err := syscall.Setrlimit(k.resource, &limit); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// ownBinary is this very program, even when its file was replaced or removed.
+func ownBinary() string { return "/proc/self/exe" }
+
+// opensAtOnce says whether the kernel can open a program without waiting: not held by a lease (open(2), O_NONBLOCK), and no
+// script, whose interpreter is another file to open. A file system that does not answer holds this call, not a spawner.
+func opensAtOnce(path string) bool {
+	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	defer unix.Close(fd)
+	var magic [4]byte
+	n, _ := unix.Pread(fd, magic[:], 0)
+	return string(magic[:n]) == "\x7fELF"
+}
+
+// outputPipe makes a pipe that the child writes: our end, its descriptor, and the child's. size 0 is the system's (64 KiB).
+func outputPipe(size int) (ours *os.File, fd, childs int, err error) {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		return nil, 0, 0, fmt.Errorf("make a pipe: %w", err)
+	}
+	if size > 0 {
+		unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, size) // best effort: the user's quota may be used up
+	}
+	unix.SetNonblock(p[0], true)
+	return os.NewFile(uintptr(p[0]), "output"), p[0], p[1], nil
+}
+
+// inputPipe makes a pipe that the child reads.
+func inputPipe() (childs int, ours *os.File, err error) {
+	var p [2]int
+	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
+		return 0, nil, fmt.Errorf("make a pipe: %w", err)
+	}
+	unix.SetNonblock(p[1], true)
+	return p[0], os.NewFile(uintptr(p[1]), "input"), nil
+}
+
+// pendingBytes says how much waits in a pipe (FIONREAD, alias TIOCINQ).
+func pendingBytes(fd int) int {
+	n, _ := unix.IoctlGetInt(fd, unix.TIOCINQ)
+	return n
+}
+
+// waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own.
+func waitExit(pid int) {
+	for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
+	}
+}
+
+// reapProcess takes a dead child's status. If somebody was there before us, it counts as killed.
+func reapProcess(pid int) syscall.WaitStatus {
+	var status syscall.WaitStatus
+	for {
+		switch _, err := syscall.Wait4(pid, &status, 0, nil); err {
+		case nil:
+			return status
+		case syscall.EINTR:
+		default:
+			return syscall.WaitStatus(syscall.SIGKILL)
+		}
+	}
+}
+
+func reapIfDead(pid int) { syscall.Wait4(pid, nil, syscall.WNOHANG, nil) }
+
+func signalProcess(pid int, s syscall.Signal) { syscall.Kill(pid, s) }
+
+func signalGroup(leader int, s syscall.Signal) { syscall.Kill(-leader, s) }
+
+func signalName(s syscall.Signal) string {
+	if name := unix.SignalName(s); name != "" {
+		return name
+	}
+	return fmt.Sprintf("SIG%d", s) // real-time signals have no names
+}
