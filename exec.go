@@ -18,12 +18,7 @@ import (
 )
 
 const (
-	firstChunkBytes = 1 << 10  // most commands say little: do not allocate for those that say much
-	chunkBytes      = 32 << 10 // of captured output
-	streamBytes     = 256 << 10
-
 	startPatience = 3 * time.Second // how long the kernel may take over one exec before it is given up; probe catches what is known to hang
-	drainPatience = time.Second     // how long a pipe may stay open when nothing of the command is left (an unkillable process holds it)
 	sweepPatience = 5 * time.Second // how long a killed process may take to die (it hangs in the kernel: a dead network file system)
 	sweepPauseMin = 100 * time.Microsecond
 	sweepPauseMax = 5 * time.Millisecond
@@ -51,12 +46,6 @@ type command struct {
 	sink       sink   // nil: captured in the outcome
 }
 
-// sink takes output as it comes, one call at a time. stream is 1 or 2; idle says that nothing more is waiting in the pipe,
-// so that this is the moment to flush. An error (client gone, stalled) ends the command.
-type sink interface {
-	output(stream int, p []byte, idle bool) error
-}
-
 // end is why a run ended.
 type end string
 
@@ -82,9 +71,6 @@ type outcome struct {
 	stdoutBytes, stderrBytes int64  // raw bytes captured or handed to the sink
 	duration                 time.Duration
 }
-
-// chunks is captured output as a list of pieces, so that it is never copied to grow.
-type chunks [][]byte
 
 // startError is why a command did not start, with the exit code that a shell would report.
 type startError struct {
@@ -126,12 +112,8 @@ func newRunner(id string) (*runner, error) {
 	}
 	r := &runner{null: null, stopping: make(chan struct{}), next: first,
 		live: map[runTag]bool{}, leaders: map[int]bool{}, strays: map[int]bool{}}
-	list, err := mainThreadChildren()
-	if err != nil {
-		return nil, err
-	}
-	r.lists = []*childList{list}
-	for _, pid := range list.pids() {
+	r.lists = []*childList{openChildList(os.Getpid())}
+	for _, pid := range r.lists[0].pids() {
 		r.strays[pid] = true
 	}
 	return r, nil
@@ -148,7 +130,7 @@ func (r *runner) endLeftovers() int {
 		}
 		for _, pid := range left {
 			ended[pid] = true
-			signalProcess(pid, syscall.SIGKILL)
+			syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
 	return len(ended)
@@ -409,8 +391,8 @@ func (x *run) attend(why end) (end, syscall.WaitStatus) {
 		why = x.until(exited)
 	}
 	if why != endExit {
-		signalGroup(x.pid, syscall.SIGTERM)
-		signalGroup(x.pid, syscall.SIGCONT) // a stopped process takes no TERM
+		syscall.Kill(-x.pid, syscall.SIGTERM)
+		syscall.Kill(-x.pid, syscall.SIGCONT) // a stopped process takes no TERM
 		select {
 		case <-exited:
 		case <-time.After(x.killGrace):
@@ -418,7 +400,7 @@ func (x *run) attend(why end) (end, syscall.WaitStatus) {
 	}
 	// While the leader is unreaped, its number and so its group's cannot belong to anybody else.
 	for begun := time.Now(); ; {
-		signalGroup(x.pid, syscall.SIGKILL)
+		syscall.Kill(-x.pid, syscall.SIGKILL)
 		select {
 		case <-exited:
 			status := x.reap(x.pid)
@@ -436,15 +418,20 @@ func (x *run) attend(why end) (end, syscall.WaitStatus) {
 
 // bury kills a process group and reaps its leader, however long that takes.
 func (r *runner) bury(pid int) {
-	signalGroup(pid, syscall.SIGKILL)
-	signalProcess(pid, syscall.SIGKILL) // before setsid it leads no group
+	syscall.Kill(-pid, syscall.SIGKILL)
+	syscall.Kill(pid, syscall.SIGKILL) // before setsid it leads no group
 	waitExit(pid)
 	r.reap(pid)
 }
 
 // reap takes a leader's exit status, after which its number may be another's.
 func (r *runner) reap(pid int) syscall.WaitStatus {
-	status := reapProcess(pid)
+	status := syscall.WaitStatus(syscall.SIGKILL) // if somebody was there before us
+	for {
+		if _, err := syscall.Wait4(pid, &status, 0, nil); err != syscall.EINTR {
+			break
+		}
+	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.leaders, pid)
@@ -474,9 +461,9 @@ func (r *runner) kill(tag runTag) (found bool) {
 			continue
 		}
 		found = true
-		signalProcess(pid, syscall.SIGKILL)
+		syscall.Kill(pid, syscall.SIGKILL)
 		if !leader {
-			reapIfDead(pid)
+			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 		}
 	}
 	return found
@@ -511,7 +498,7 @@ func (r *runner) reapOrphans() {
 		ours := !r.leaders[pid] && !r.strays[pid]
 		r.mu.Unlock()
 		if ours {
-			reapIfDead(pid)
+			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 		}
 	}
 }
@@ -568,200 +555,4 @@ func locate(name, cwd string, pathDirs []string) (path string, direct bool, err 
 		}
 	}
 	return "", false, failure
-}
-
-// plumbing is the pipes of one run, and what comes out of them.
-type plumbing struct {
-	limit     int64
-	total     atomic.Int64
-	broken    chan end   // the first reason of the output to end the run; room for one
-	sink      sink       // nil: captured
-	sinking   sync.Mutex // one call of sink at a time
-	streams   [2]stream  // standard output, standard error
-	stdin     *os.File   // our end, nil for /dev/null
-	input     []byte
-	childSide [3]int // descriptors that the child gets as 0, 1, 2
-	null      int    // the one of them that is not ours to close
-	pumps     sync.WaitGroup
-}
-
-type stream struct {
-	number   int
-	file     *os.File
-	fd       int // of file, for as long as it is open
-	captured chunks
-	bytes    int64
-}
-
-func openPlumbing(c command, null *os.File) (*plumbing, error) {
-	size := 0
-	if c.sink != nil {
-		size = streamBytes
-	}
-	p := &plumbing{limit: c.maxBytes, broken: make(chan end, 1), sink: c.sink, input: c.stdin, null: int(null.Fd())}
-	p.childSide = [3]int{p.null, p.null, p.null}
-	for i := range p.streams {
-		s := &p.streams[i]
-		var err error
-		if s.file, s.fd, p.childSide[i+1], err = outputPipe(size); err != nil {
-			p.closeChildSide()
-			p.close()
-			return nil, err
-		}
-		s.number = i + 1
-	}
-	if c.stdin != nil {
-		var err error
-		if p.childSide[0], p.stdin, err = inputPipe(); err != nil {
-			p.closeChildSide()
-			p.close()
-			return nil, err
-		}
-	}
-	return p, nil
-}
-
-func (p *plumbing) closeChildSide() {
-	for _, fd := range p.childSide {
-		if fd != p.null {
-			syscall.Close(fd)
-		}
-	}
-}
-
-func (p *plumbing) close() {
-	for _, s := range p.streams {
-		if s.file != nil {
-			s.file.Close()
-		}
-	}
-	if p.stdin != nil {
-		p.stdin.Close()
-	}
-}
-
-// pump starts to move input and output, once the command has started.
-func (p *plumbing) pump() {
-	if p.stdin != nil {
-		go func() {
-			p.stdin.Write(p.input) // what is not read is not missed
-			p.stdin.Close()
-		}()
-	}
-	for i := range p.streams {
-		s := &p.streams[i]
-		if p.sink != nil {
-			p.pumps.Go(func() { p.forward(s) })
-		} else {
-			p.pumps.Go(func() { p.capture(s) })
-		}
-	}
-}
-
-// drain waits for the end of the output, when nothing that the command started is alive. The deadline is for a pipe that
-// something beyond our reach holds open (a process that changed its user, or hangs in the kernel).
-func (p *plumbing) drain() {
-	for _, s := range p.streams {
-		s.file.SetReadDeadline(time.Now().Add(drainPatience))
-	}
-	p.pumps.Wait()
-}
-
-// capture keeps what fits the limit, in pieces, and reads on to the end.
-func (p *plumbing) capture(s *stream) {
-	for size := firstChunkBytes; ; size = chunkBytes {
-		piece := make([]byte, size)
-		have := 0
-		for have < size {
-			n, err := s.read(piece[have:])
-			have += p.admit(n)
-			if err != nil {
-				s.keep(piece[:have])
-				return
-			}
-			if p.total.Load() > p.limit {
-				break
-			}
-		}
-		s.keep(piece[:have])
-	}
-}
-
-func (s *stream) keep(piece []byte) {
-	if len(piece) > 0 {
-		s.captured = append(s.captured, piece)
-		s.bytes += int64(len(piece))
-	}
-}
-
-// forward hands what fits the limit to the sink, and reads on to the end.
-func (p *plumbing) forward(s *stream) {
-	buffer := make([]byte, firstChunkBytes)
-	for {
-		n, err := s.read(buffer)
-		if fits := p.admit(n); fits > 0 {
-			p.sinking.Lock()
-			failure := p.sink.output(s.number, buffer[:fits], pendingBytes(s.fd) == 0)
-			p.sinking.Unlock()
-			if failure != nil {
-				p.stop(endClient)
-				p.total.Add(p.limit) // and nothing more is admitted
-			}
-			s.bytes += int64(fits)
-		}
-		if err != nil {
-			return
-		}
-		if n == len(buffer) && n < streamBytes {
-			buffer = make([]byte, streamBytes)
-		}
-	}
-}
-
-// read is Read, less a deadline that passes while there is something to read.
-func (s *stream) read(b []byte) (int, error) {
-	for {
-		n, err := s.file.Read(b)
-		if errors.Is(err, os.ErrDeadlineExceeded) && pendingBytes(s.fd) > 0 {
-			s.file.SetReadDeadline(time.Now().Add(drainPatience))
-			continue
-		}
-		return n, err
-	}
-}
-
-// admit says how many of n more bytes are within the limit.
-func (p *plumbing) admit(n int) int {
-	over := p.total.Add(int64(n)) - p.limit
-	if over <= 0 {
-		return n
-	}
-	p.stop(endOutput)
-	return max(0, n-int(over))
-}
-
-func (p *plumbing) stop(why end) {
-	select {
-	case p.broken <- why:
-	default:
-	}
-}
-
-// outcome sums up a run that started.
-func (p *plumbing) outcome(why end, status syscall.WaitStatus) outcome {
-	if why == endExit {
-		select {
-		case why = <-p.broken: // by what was still in the pipe
-		default:
-		}
-	}
-	out, errs := &p.streams[0], &p.streams[1]
-	o := outcome{end: why, stdout: out.captured, stderr: errs.captured, stdoutBytes: out.bytes, stderrBytes: errs.bytes}
-	switch {
-	case status.Exited():
-		o.exited, o.exitCode = true, status.ExitStatus()
-	case status.Signaled():
-		o.signalNumber, o.signal = int(status.Signal()), signalName(status.Signal())
-	}
-	return o
 }

@@ -50,6 +50,7 @@ func helperCommand(t testing.TB, name string, args ...string) *exec.Cmd {
 var testTemp string
 
 func TestMain(m *testing.M) {
+	launchIfAsked()
 	if name := os.Getenv(helperVar); name != "" {
 		helper, ok := helpers[name]
 		if !ok {

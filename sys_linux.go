@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -150,8 +151,6 @@ func openChildList(tid int) *childList {
 	}
 	return &childList{fd}
 }
-
-func mainThreadChildren() (*childList, error) { return openChildList(os.Getpid()), nil }
 
 // pids reads the list anew.
 func (l *childList) pids() (pids []int) {
@@ -368,29 +367,7 @@ func waitExit(pid int) {
 	}
 }
 
-// reapProcess takes a dead child's status. If somebody was there before us, it counts as killed.
-func reapProcess(pid int) syscall.WaitStatus {
-	var status syscall.WaitStatus
-	for {
-		switch _, err := syscall.Wait4(pid, &status, 0, nil); err {
-		case nil:
-			return status
-		case syscall.EINTR:
-		default:
-			return syscall.WaitStatus(syscall.SIGKILL)
-		}
-	}
-}
-
-func reapIfDead(pid int) { syscall.Wait4(pid, nil, syscall.WNOHANG, nil) }
-
-func signalProcess(pid int, s syscall.Signal) { syscall.Kill(pid, s) }
-
-func signalGroup(leader int, s syscall.Signal) { syscall.Kill(-leader, s) }
-
+// signalName is "SIGSEGV" and the like; real-time signals have no names.
 func signalName(s syscall.Signal) string {
-	if name := unix.SignalName(s); name != "" {
-		return name
-	}
-	return fmt.Sprintf("SIG%d", s) // real-time signals have no names
+	return cmp.Or(unix.SignalName(s), fmt.Sprintf("SIG%d", s))
 }

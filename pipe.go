@@ -1,0 +1,226 @@
+// This file is the pipes of one run: input in, output captured or handed on, within the limit, to the end.
+// It may read what a command wrote and write what it is to read; it is apart from exec.go, as what moves bytes and what ends processes change for different reasons.
+// It must not start, signal or wait for a process.
+package main
+
+import (
+	"errors"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+const (
+	firstChunkBytes = 1 << 10   // most commands say little: do not allocate for those that say much
+	chunkBytes      = 32 << 10  // of captured output
+	streamBytes     = 256 << 10 // buffer and pipe of a streamed command
+
+	drainPatience = time.Second // how long a pipe may stay open and silent when nothing of the command is left
+)
+
+// sink takes output as it comes, one call at a time. stream is 1 or 2; idle says that nothing more is waiting in the pipe,
+// so that this is the moment to flush. An error (client gone, stalled) ends the command.
+type sink interface {
+	output(stream int, p []byte, idle bool) error
+}
+
+// chunks is captured output as a list of pieces, so that it is never copied to grow.
+type chunks [][]byte
+
+// plumbing is the pipes of one run, and what comes out of them.
+type plumbing struct {
+	limit     int64
+	total     atomic.Int64
+	broken    chan end   // the first reason of the output to end the run; room for one
+	sink      sink       // nil: captured
+	sinking   sync.Mutex // one call of sink at a time
+	streams   [2]stream  // standard output, standard error
+	stdin     *os.File   // our end, nil for /dev/null
+	input     []byte
+	childSide [3]int // descriptors that the child gets as 0, 1, 2
+	null      int    // the one of them that is not ours to close
+	pumps     sync.WaitGroup
+}
+
+type stream struct {
+	number   int
+	file     *os.File
+	fd       int // of file, for as long as it is open
+	captured chunks
+	bytes    int64
+}
+
+func openPlumbing(c command, null *os.File) (*plumbing, error) {
+	size := 0
+	if c.sink != nil {
+		size = streamBytes
+	}
+	p := &plumbing{limit: c.maxBytes, broken: make(chan end, 1), sink: c.sink, input: c.stdin, null: int(null.Fd())}
+	p.childSide = [3]int{p.null, p.null, p.null}
+	for i := range p.streams {
+		s := &p.streams[i]
+		var err error
+		if s.file, s.fd, p.childSide[i+1], err = outputPipe(size); err != nil {
+			p.closeChildSide()
+			p.close()
+			return nil, err
+		}
+		s.number = i + 1
+	}
+	if c.stdin != nil {
+		var err error
+		if p.childSide[0], p.stdin, err = inputPipe(); err != nil {
+			p.closeChildSide()
+			p.close()
+			return nil, err
+		}
+	}
+	return p, nil
+}
+
+func (p *plumbing) closeChildSide() {
+	for _, fd := range p.childSide {
+		if fd != p.null {
+			syscall.Close(fd)
+		}
+	}
+}
+
+func (p *plumbing) close() {
+	for _, s := range p.streams {
+		if s.file != nil {
+			s.file.Close()
+		}
+	}
+	if p.stdin != nil {
+		p.stdin.Close()
+	}
+}
+
+// pump starts to move input and output, once the command has started.
+func (p *plumbing) pump() {
+	if p.stdin != nil {
+		go func() {
+			p.stdin.Write(p.input) // what is not read is not missed
+			p.stdin.Close()
+		}()
+	}
+	for i := range p.streams {
+		s := &p.streams[i]
+		if p.sink != nil {
+			p.pumps.Go(func() { p.forward(s) })
+		} else {
+			p.pumps.Go(func() { p.capture(s) })
+		}
+	}
+}
+
+// drain waits for the end of the output, when nothing that the command started is alive. The deadline is for a pipe that
+// something beyond our reach holds open (a process that changed its user, or hangs in the kernel).
+func (p *plumbing) drain() {
+	for _, s := range p.streams {
+		s.file.SetReadDeadline(time.Now().Add(drainPatience))
+	}
+	p.pumps.Wait()
+}
+
+// capture keeps what fits the limit, in pieces, and reads on to the end.
+func (p *plumbing) capture(s *stream) {
+	for size := firstChunkBytes; ; size = chunkBytes {
+		piece := make([]byte, size)
+		have := 0
+		for have < size {
+			n, err := s.read(piece[have:])
+			have += p.admit(n)
+			if err != nil {
+				s.keep(piece[:have])
+				return
+			}
+			if p.total.Load() > p.limit {
+				break
+			}
+		}
+		s.keep(piece[:have])
+	}
+}
+
+func (s *stream) keep(piece []byte) {
+	if len(piece) > 0 {
+		s.captured = append(s.captured, piece)
+		s.bytes += int64(len(piece))
+	}
+}
+
+// forward hands what fits the limit to the sink, and reads on to the end.
+func (p *plumbing) forward(s *stream) {
+	buffer := make([]byte, firstChunkBytes)
+	for {
+		n, err := s.read(buffer)
+		if fits := p.admit(n); fits > 0 {
+			p.sinking.Lock()
+			failure := p.sink.output(s.number, buffer[:fits], pendingBytes(s.fd) == 0)
+			p.sinking.Unlock()
+			if failure != nil {
+				p.stop(endClient)
+				p.total.Add(p.limit) // and nothing more is admitted
+			}
+			s.bytes += int64(fits)
+		}
+		if err != nil {
+			return
+		}
+		if n == len(buffer) && n < streamBytes {
+			buffer = make([]byte, streamBytes)
+		}
+	}
+}
+
+// read is Read, less a deadline that passes while there is something to read.
+func (s *stream) read(b []byte) (int, error) {
+	for {
+		n, err := s.file.Read(b)
+		if errors.Is(err, os.ErrDeadlineExceeded) && pendingBytes(s.fd) > 0 {
+			s.file.SetReadDeadline(time.Now().Add(drainPatience))
+			continue
+		}
+		return n, err
+	}
+}
+
+// admit says how many of n more bytes are within the limit.
+func (p *plumbing) admit(n int) int {
+	over := p.total.Add(int64(n)) - p.limit
+	if over <= 0 {
+		return n
+	}
+	p.stop(endOutput)
+	return max(0, n-int(over))
+}
+
+func (p *plumbing) stop(why end) {
+	select {
+	case p.broken <- why:
+	default:
+	}
+}
+
+// outcome sums up a run that started.
+func (p *plumbing) outcome(why end, status syscall.WaitStatus) outcome {
+	if why == endExit {
+		select {
+		case why = <-p.broken: // by what was still in the pipe
+		default:
+		}
+	}
+	out, errs := &p.streams[0], &p.streams[1]
+	o := outcome{end: why, stdout: out.captured, stderr: errs.captured, stdoutBytes: out.bytes, stderrBytes: errs.bytes}
+	switch {
+	case status.Exited():
+		o.exited, o.exitCode = true, status.ExitStatus()
+	case status.Signaled():
+		o.signalNumber, o.signal = int(status.Signal()), signalName(status.Signal())
+	}
+	return o
+}

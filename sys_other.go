@@ -1,0 +1,110 @@
+//go:build !linux
+
+// This file stands in for sys_linux.go on other Unix systems (darwin): a command and its process group are ended.
+// It may call the kernel directly, like its sibling.
+// It must not pretend: what escapes the group (setsid) lives on here, rlimits are refused, and the README says so.
+package main
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"os"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+)
+
+type runTag uint64
+
+func (t runTag) tagged() bool { return false }
+func beneathServer() bool     { return false }
+func prepareProcess(string) (runTag, error) {
+	return 1, unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
+}
+func setTag(runTag) error                       { return nil }
+func tagOf(int) (runTag, bool)                  { return 0, false }
+func taggedProcesses(runTag) []int              { return nil }
+func onMainThread() bool                        { return false }
+func prepareSpawner(noNewPrivs bool) *childList { return nil }
+func launchIfAsked()                            {}
+func ownBinary() string                         { path, _ := os.Executable(); return path }
+func opensAtOnce(string) bool                   { return true }
+func pendingBytes(fd int) int                   { n, _ := unix.IoctlGetInt(fd, 0x4004667f /* FIONREAD, <sys/filio.h> */); return n }
+
+type childList struct{}
+
+func openChildList(int) *childList { return &childList{} }
+func (l *childList) pids() []int   { return nil }
+
+type startSpec struct {
+	path, dir string
+	argv, env []string
+	files     []int
+	cred      *credential
+	limited   bool
+}
+
+func (s *startSpec) launch(l rlimits) { s.limited = l != rlimits{} }
+func (s *startSpec) confirm() error   { return nil }
+
+func (s *startSpec) start() (int, error) {
+	if s.limited {
+		return 0, errors.New("exec.limits need Linux: set them to 0")
+	}
+	var files []uintptr
+	for _, fd := range s.files {
+		files = append(files, uintptr(fd))
+	}
+	sys := &syscall.SysProcAttr{Setsid: true}
+	if s.cred != nil {
+		sys.Credential = &syscall.Credential{Uid: s.cred.Uid, Gid: s.cred.Gid, Groups: s.cred.Groups}
+	}
+	return syscall.ForkExec(s.path, s.argv, &syscall.ProcAttr{Dir: s.dir, Env: s.env, Files: files, Sys: sys})
+}
+
+// outputPipe makes a pipe that the child writes: our end, its descriptor, and the child's.
+func outputPipe(int) (ours *os.File, fd, childs int, err error) {
+	r, w, err := cloexecPipe()
+	if err != nil {
+		return nil, 0, 0, err
+	}
+	syscall.SetNonblock(r, true)
+	return os.NewFile(uintptr(r), "output"), r, w, nil
+}
+
+// inputPipe makes a pipe that the child reads.
+func inputPipe() (childs int, ours *os.File, err error) {
+	r, w, err := cloexecPipe()
+	if err != nil {
+		return 0, nil, err
+	}
+	syscall.SetNonblock(w, true)
+	return r, os.NewFile(uintptr(w), "input"), nil
+}
+
+func cloexecPipe() (r, w int, err error) {
+	syscall.ForkLock.RLock() // no child between pipe and its flag: there is no pipe2(2) here
+	defer syscall.ForkLock.RUnlock()
+	var p [2]int
+	if err := syscall.Pipe(p[:]); err != nil {
+		return 0, 0, fmt.Errorf("make a pipe: %w", err)
+	}
+	syscall.CloseOnExec(p[0])
+	syscall.CloseOnExec(p[1])
+	return p[0], p[1], nil
+}
+
+// waitExit returns when the child is dead, and leaves it unreaped (waitid(2): P_PID, WEXITED|WNOWAIT).
+func waitExit(pid int) {
+	var info [16]uint64
+	for {
+		_, _, errno := syscall.Syscall6(syscall.SYS_WAITID, 1, uintptr(pid), uintptr(unsafe.Pointer(&info)), 0x4|0x20, 0, 0)
+		if errno != syscall.EINTR {
+			return
+		}
+	}
+}
+
+func signalName(s syscall.Signal) string { return cmp.Or(unix.SignalName(s), fmt.Sprintf("SIG%d", s)) }
