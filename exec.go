@@ -186,8 +186,8 @@ func (r *runner) run(ctx context.Context, c command) (o outcome) {
 		return outcome{end: endInternal, err: err}
 	}
 	defer p.close()
-	x := &run{runner: r, command: c, ctx: ctx, deadline: deadline.C, plumbing: p, tag: r.begin(), started: make(chan struct{})}
-	defer r.finish(x.tag)
+	x := &run{runner: r, command: c, ctx: ctx, deadline: deadline.C, plumbing: p, started: make(chan struct{})}
+	defer x.finish()
 
 	go x.start()
 	why := x.until(x.started)
@@ -201,23 +201,6 @@ func (r *runner) run(ctx context.Context, c command) (o outcome) {
 	why, status := x.attend(why)
 	p.drain()
 	return p.outcome(why, status)
-}
-
-// begin numbers a run.
-func (r *runner) begin() runTag {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	tag := r.next
-	r.next--
-	r.live[tag] = true
-	return tag
-}
-
-// finish ends the number's life: what still bears it is hostile from now on.
-func (r *runner) finish(tag runTag) {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.live, tag)
 }
 
 func startFailure(err error) outcome {
@@ -234,9 +217,9 @@ type run struct {
 	*plumbing
 	ctx      context.Context
 	deadline <-chan time.Time
-	tag      runTag
+	tag      runTag // 0 before the fork
 
-	phase   atomic.Int32  // startWaiting, startForking or startAborted
+	phase   atomic.Int32  // startWaiting, startForking (tag is set) or startAborted
 	started chan struct{} // closed when pid and err are set
 	pid     int
 	err     error
@@ -247,6 +230,22 @@ const (
 	startForking
 	startAborted
 )
+
+// begin numbers the run. Numbers are given in the order of the forks, as a tag can only go down.
+func (x *run) begin() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.tag = x.next
+	x.next--
+	x.live[x.tag] = true
+}
+
+// finish ends the number's life: what still bears it is hostile from now on.
+func (x *run) finish() {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	delete(x.live, x.tag)
+}
 
 // until waits for ready (endExit), or for the first reason to end the command.
 func (x *run) until(ready <-chan struct{}) end {
@@ -299,11 +298,13 @@ func (x *run) fork(spec *startSpec) (pid int, err error) {
 		defer close(born)
 		x.starting.Lock()
 		defer x.starting.Unlock()
-		if !x.phase.CompareAndSwap(startWaiting, startForking) {
-			err = errAborted
+		x.begin()
+		if err = setTag(x.tag); err != nil {
 			return
 		}
-		if err = setTag(x.tag); err != nil {
+		if !x.phase.CompareAndSwap(startWaiting, startForking) {
+			x.finish()
+			err = errAborted
 			return
 		}
 		// The kernel holds this thread until the exec is done. locate and the launcher keep what is known to hang away

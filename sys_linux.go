@@ -50,6 +50,15 @@ func prepareProcess(id string) (runTag, error) {
 	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
 		return 0, fmt.Errorf("forbid core dumps: %w", err)
 	}
+	inherited, err := os.ReadDir("/proc/self/fd")
+	for _, f := range inherited { // what the starter of the server left open is not for commands
+		if fd, _ := strconv.Atoi(f.Name()); fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	if err != nil {
+		return 0, fmt.Errorf("close inherited descriptors: %w", err)
+	}
 	own := ownTag()
 	if own.tagged() { // an earlier runner of this process
 		return own - 1, nil

@@ -31,7 +31,10 @@ func prepareSpawner(noNewPrivs bool) *childList { return nil }
 func launchIfAsked()                            {}
 func ownBinary() string                         { path, _ := os.Executable(); return path }
 func opensAtOnce(string) bool                   { return true }
-func pendingBytes(fd int) int                   { n, _ := unix.IoctlGetInt(fd, 0x4004667f /* FIONREAD, <sys/filio.h> */); return n }
+func pendingBytes(fd int) int {
+	n, _ := unix.IoctlGetInt(fd, 0x4004667f /* FIONREAD, <sys/filio.h> */)
+	return n
+}
 
 type childList struct{}
 
