@@ -111,3 +111,8 @@ func waitExit(pid int) {
 }
 
 func signalName(s syscall.Signal) string { return cmp.Or(unix.SignalName(s), fmt.Sprintf("SIG%d", s)) }
+
+// statChangeTime is the ctime: it moves with every change of content, mode or owner, and no program can set it back.
+func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
+	return st.Ctimespec.Sec, st.Ctimespec.Nsec
+}
