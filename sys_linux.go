@@ -281,11 +281,12 @@ func (l rlimits) encode() string {
 	return fmt.Sprint(l.CPUSeconds, l.MemoryBytes, l.FileBytes, l.OpenFiles, l.Processes)
 }
 
-// launchIfAsked is the launcher: when this process was started as one, it sets its limits, becomes the command and never
-// returns. It runs before anything else in main, and reports by descriptor an errno that a shell would report.
-func launchIfAsked() {
+// launched is the launcher: when this process was started as one, it sets its limits and becomes the command. It runs before
+// anything else in main. If it returns true, that failed: the errno that a shell would report is on the descriptor, and
+// the process is to end.
+func launched() bool {
 	if len(os.Args) < 4 || os.Args[0] != launcherName {
-		return
+		return false
 	}
 	unix.CloseOnExec(launcherReport)
 	var l rlimits
@@ -296,12 +297,12 @@ func launchIfAsked() {
 			err = syscall.Exec(os.Args[2], os.Args[3:], env)
 		}
 	}
-	var errno syscall.Errno
-	if !errors.As(err, &errno) {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok {
 		errno = syscall.EINVAL
 	}
 	syscall.Write(launcherReport, binary.NativeEndian.AppendUint32(nil, uint32(errno)))
-	os.Exit(126) // fail safe: never go on as a command line
+	return true
 }
 
 // apply sets the limits on this process, never above the hard ones that it has (setrlimit(2)).

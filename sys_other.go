@@ -28,7 +28,7 @@ func tagOf(int) (runTag, bool)                  { return 0, false }
 func taggedProcesses(runTag) []int              { return nil }
 func onMainThread() bool                        { return false }
 func prepareSpawner(noNewPrivs bool) *childList { return nil }
-func launchIfAsked()                            {}
+func launched() bool                            { return false }
 func ownBinary() string                         { path, _ := os.Executable(); return path }
 func opensAtOnce(string) bool                   { return true }
 func enlargePipe(*os.File, int)                 {}
