@@ -37,8 +37,11 @@ var (
 	defaultEnv string
 )
 
-// apiKey is the shared secret. It prints as [API_KEY] whatever the verb.
-type apiKey struct {
+// apiKey is the shared secret. It prints as [API_KEY] whatever the verb. The pointer is for where fmt may not call methods
+// (an unexported field): there a wrong verb would show a plain struct.
+type apiKey struct{ *keySecret }
+
+type keySecret struct {
 	text   string
 	digest [sha256.Size]byte
 }
@@ -50,7 +53,7 @@ func newAPIKey(text string) (*apiKey, error) {
 	if strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return nil, errors.New("the API_KEY holds a character that a header cannot carry: use printable ASCII without spaces")
 	}
-	return &apiKey{text, sha256.Sum256([]byte(text))}, nil
+	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
 }
 
 // matches compares digests in constant time, so that neither content nor length shows.
@@ -183,7 +186,7 @@ func parseEnvLine(line string) (name, value string, err error) {
 	name, value, found := strings.Cut(line, "=")
 	name, value = strings.TrimSpace(strings.TrimPrefix(name, "export ")), strings.TrimSpace(value)
 	if !found || !slices.Contains(startupNames, name) {
-		return "", "", fmt.Errorf("is not KEY=VALUE with one of the keys %s", strings.Join(startupNames, ", "))
+		return "", "", fmt.Errorf("is not KEY=VALUE with a key of %s", strings.Join(startupNames, ", "))
 	}
 	if value != "" && (value[0] == '"' || value[0] == '\'') {
 		inside, after, closed := strings.Cut(value[1:], value[:1])
@@ -384,7 +387,7 @@ func readVersion(path string, private bool) ([]byte, fileVersion, error) {
 		err = errors.Join(err, statErr)
 	case len(data) == maxConfigBytes:
 		err = fmt.Errorf("%s is larger than a configuration file may be (%d bytes)", path, maxConfigBytes-1)
-	case versionOf(before) != versionOf(after):
+	case before.Size() != after.Size() || !before.ModTime().Equal(after.ModTime()): // a rename over it moves the ctime alone
 		err = fmt.Errorf("%s was being changed while it was read", path)
 	}
 	return data, versionOf(before), err

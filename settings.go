@@ -18,6 +18,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 )
 
 const (
@@ -508,6 +509,9 @@ func (s *store) read(old *storeState) *storeState {
 
 // editRules adds or removes one rule of exec.allow or exec.deny in place, keeping the rest of the file as written; what would not load is not written.
 func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleSet) error {
+	if !utf8.ValidString(rule.Text + strings.Join(rule.Argv, "")) {
+		return fmt.Errorf("the rule %q is not UTF-8 and cannot stand in %s", rule.String(), p.settings)
+	}
 	var value any = rule.Text
 	if rule.Argv != nil {
 		value = rule.Argv
@@ -515,7 +519,7 @@ func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleS
 	return editSettings(p, func(data []byte) ([]byte, error) {
 		data, there, err := editList(data, "exec."+list, value, remove)
 		if err == nil && there != remove {
-			err = fmt.Errorf("exec.%s of %s %s the rule %q", list, p.settings, map[bool]string{true: "has already", false: "does not have"}[there], value)
+			err = fmt.Errorf("exec.%s of %s %s the rule %q", list, p.settings, map[bool]string{true: "already has", false: "does not have"}[there], rule.String())
 		}
 		if err == nil {
 			_, err = newSnapshot(p, data, plugins)
