@@ -179,7 +179,7 @@ type form struct {
 }
 
 var (
-	anyText         = form{re: regexp.MustCompile(`^[^\x00]*$`), want: "a string without NUL characters and halves of surrogate pairs"}
+	anyText         = form{re: regexp.MustCompile(`^[^\x00]*$`), want: "a string (without NUL and lone surrogates)"}
 	absolutePath    = form{re: regexp.MustCompile(`^(/[^\x00]*)?$`), want: "an absolute path, or empty"}
 	pluginMode      = form{re: regexp.MustCompile(`^(auto|explicit)$`), want: `"auto" or "explicit"`}
 	pluginNameForm  = form{re: regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`), want: "the name of a plugin: a-z, 0-9 and -"}
