@@ -6,6 +6,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
@@ -27,17 +28,11 @@ import (
 	"unicode/utf8"
 )
 
-// The kinds of record.
+// The kinds of record that this file itself treats apart.
 const (
-	eventServerStart      = "server_start"
-	eventServerStop       = "server_stop"
-	eventSettingsReloaded = "settings_reloaded"
-	eventSettingsInvalid  = "settings_invalid"
-	eventAuthFailed       = "auth_failed"
-	eventExecDenied       = "exec_denied"
-	eventExecStart        = "exec_start"
-	eventExecEnd          = "exec_end"
-	eventAuditBroken      = "audit_broken" // written by this file alone
+	eventAuthFailed  = "auth_failed"
+	eventExecDenied  = "exec_denied"
+	eventAuditBroken = "audit_broken" // written by this file alone
 )
 
 const (
@@ -49,14 +44,14 @@ const (
 	auditTornRun     = 16                     // lines looked through for the last whole record: each crash tears at most one
 	auditPatience    = 100 * time.Millisecond // for a FIFO or terminal that does not take a record
 	auditPoll        = 250 * time.Millisecond // between two looks at a followed log
-	auditAppend      = os.O_WRONLY | os.O_APPEND | os.O_CREATE
 	auditTime        = "2006-01-02T15:04:05.000Z"
 )
 
-// noPrev stands in the first record of a chain.
-var noPrev = strings.Repeat("0", 2*sha256.Size)
-
-var errNotAudit = errors.New("is not an audit log")
+var (
+	noPrev      = strings.Repeat("0", 2*sha256.Size) // stands in the first record of a chain
+	newline     = []byte("\n")
+	errNotAudit = errors.New("is not an audit log")
+)
 
 // auditRecord is one line; the order of the fields is the order in the file.
 type auditRecord struct {
@@ -110,7 +105,6 @@ type auditLog struct {
 	key     *apiKey
 	file    string
 	enabled bool
-	closed  bool
 
 	f       *os.File      // nil: to be opened before the next record
 	info    fs.FileInfo   // of f as the last write left it
@@ -152,7 +146,7 @@ func (l *auditLog) append(r auditRecord) error {
 func (l *auditLog) authFailed(r auditRecord) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if now := l.now(); now.Sub(l.second).Abs() >= time.Second { // Abs: a clock set back opens a new second too
+	if now := l.now(); now.Sub(l.second).Abs() >= time.Second {
 		l.second, l.failures = now, 0
 	}
 	if l.failures++; l.failures > maxAuthFailures {
@@ -192,7 +186,7 @@ func (l *auditLog) head() auditHead {
 func (l *auditLog) close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.closed = true
+	l.file = "" // what comes now cannot be written
 	return l.drop()
 }
 
@@ -209,11 +203,9 @@ func (l *auditLog) record(r auditRecord) error {
 		return nil
 	}
 	err := l.ready()
-	if err == nil && l.lost > 0 && l.alarm == "" {
-		l.alarm = "records could not be written, as many as suppressed says"
-	}
-	if err == nil && l.alarm != "" {
-		if err = l.write(auditRecord{Event: eventAuditBroken, Reason: l.alarm, Suppressed: l.lost}); err == nil {
+	if err == nil && (l.lost > 0 || l.alarm != "") {
+		why := cmp.Or(l.alarm, "records could not be written, as many as suppressed says")
+		if err = l.write(auditRecord{Event: eventAuditBroken, Reason: why, Suppressed: l.lost}); err == nil {
 			l.alarm, l.lost = "", 0
 		}
 	}
@@ -229,29 +221,26 @@ func (l *auditLog) record(r auditRecord) error {
 
 // ready looks whether the file is as the last write left it, and opens the one that is now at its path if not.
 func (l *auditLog) ready() error {
-	if l.closed {
-		return fmt.Errorf("%q is closed: %w", l.file, fs.ErrClosed)
+	if l.f != nil && !l.info.Mode().IsRegular() {
+		return nil
 	}
-	if l.f != nil {
-		if !l.info.Mode().IsRegular() {
-			return nil
-		}
-		at, err := os.Lstat(l.file)
-		if err == nil && os.SameFile(at, l.info) && at.Size() == l.size && at.ModTime().Equal(l.info.ModTime()) {
-			return nil
-		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return err
-		}
+	now, err := os.Lstat(l.file)
+	if err == nil && l.f != nil && os.SameFile(now, l.info) && l.asLeft(now) {
+		return nil
 	}
 	return l.open()
+}
+
+// asLeft compares size and time; a change back and forth that sets the time back as well is for verify to find.
+func (l *auditLog) asLeft(now fs.FileInfo) bool {
+	return now.Size() == l.size && now.ModTime().Equal(l.info.ModTime())
 }
 
 // open opens the file at the path. A chain that is in memory goes on, whatever the file holds: an absent or empty file is what a rotation by
 // rename leaves; anything else than what was left there is a break. Else the chain is taken from the file's last line.
 func (l *auditLog) open() error {
 	l.drop()
-	f, info, err := openPlain(l.file, auditAppend, false)
+	f, info, err := openPlain(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE, false)
 	if err != nil {
 		return err
 	}
@@ -261,20 +250,17 @@ func (l *auditLog) open() error {
 		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
 			err = fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file)
 		} else if err == nil {
-			end, prev, unended, err = auditEnd(l.file, info)
+			end, prev, unended, err = auditEnd(f, info.Size())
 		}
 	}
-	if errors.Is(err, errNotAudit) && l.goOn { // what was put in place of our log is not one: say so in it
-		err = nil
-	}
-	if err != nil {
+	if err != nil && !(l.goOn && errors.Is(err, errNotAudit)) { // what was put in place of our log is told in it, whatever it is
 		f.Close()
 		return err
 	}
 	switch {
 	case !l.goOn:
 		l.last, l.prev = end, prev
-	case os.SameFile(info, l.info) && (info.Size() != l.size || !info.ModTime().Equal(l.info.ModTime())):
+	case os.SameFile(info, l.info) && !l.asLeft(info):
 		l.alarm = fmt.Sprintf("the log was changed by somebody else: it had %d bytes and has %d", l.size, info.Size())
 	case !os.SameFile(info, l.info) && info.Size() > 0:
 		l.alarm = "another file that is not empty was put in place of the log"
@@ -354,15 +340,10 @@ func (l *auditLog) redact(s string) string {
 
 // cutText cuts s to at most limit bytes, between characters, and marks the cut.
 func cutText(s string, limit int) string {
-	const mark = "…"
 	if len(s) <= limit {
 		return s
 	}
-	end := max(limit-len(mark), 0)
-	for end > 0 && !utf8.RuneStart(s[end]) {
-		end--
-	}
-	return s[:end] + mark
+	return strings.ToValidUTF8(s[:max(limit-len("…"), 0)], "") + "…"
 }
 
 // escapeAudit writes as \uXXXX what encoding/json leaves raw and a terminal obeys: DEL, U+0080 to U+009F, and formatting characters.
@@ -370,17 +351,15 @@ func escapeAudit(data []byte) []byte {
 	if bytes.IndexFunc(data, unsafeRune) < 0 {
 		return data
 	}
-	out := make([]byte, 0, len(data)+len(data)/4)
-	for len(data) > 0 {
-		r, n := utf8.DecodeRune(data)
-		if unsafeRune(r) {
-			for _, u := range utf16.Encode([]rune{r}) {
-				out = fmt.Appendf(out, `\u%04x`, u)
-			}
-		} else {
-			out = append(out, data[:n]...)
+	out := make([]byte, 0, 2*len(data))
+	for _, r := range string(data) {
+		if !unsafeRune(r) {
+			out = utf8.AppendRune(out, r)
+			continue
 		}
-		data = data[n:]
+		for _, u := range utf16.Encode([]rune{r}) {
+			out = fmt.Appendf(out, `\u%04x`, u)
+		}
 	}
 	return out
 }
@@ -397,15 +376,13 @@ func auditDigest(line []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// openPlain opens a file never through a link and never waiting (open(2): O_NONBLOCK, so that a FIFO fails at once).
+// openPlain opens a file never through a link, never waiting, and never making it our terminal (open(2)).
 func openPlain(file string, flags int, regular bool) (*os.File, fs.FileInfo, error) {
-	f, err := os.OpenFile(file, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
-	switch {
-	case errors.Is(err, syscall.ELOOP):
-		return nil, nil, fmt.Errorf("%q is a symbolic link: name the file itself", file)
-	case errors.Is(err, syscall.ENXIO):
-		return nil, nil, fmt.Errorf("%q is a FIFO or socket that nobody reads: start its reader first", file)
-	case err != nil:
+	f, err := os.OpenFile(file, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0o600)
+	if errors.Is(err, syscall.ELOOP) {
+		err = fmt.Errorf("%q is a symbolic link: name the file itself", file)
+	}
+	if err != nil {
 		return nil, nil, err
 	}
 	info, err := f.Stat()
@@ -421,7 +398,7 @@ func openPlain(file string, flags int, regular bool) (*os.File, fs.FileInfo, err
 
 // openAppend opens a regular file (created 0600) for append, never through a link: for the server's own log.
 func openAppend(file string) (*os.File, error) {
-	f, _, err := openPlain(file, auditAppend, true)
+	f, _, err := openPlain(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, true)
 	return f, err
 }
 
@@ -433,7 +410,7 @@ type auditLine struct {
 }
 
 func parseAuditLine(line []byte) (a auditLine) {
-	line = bytes.TrimSuffix(line, []byte("\n"))
+	line = bytes.TrimSuffix(line, newline)
 	err := json.Unmarshal(line, &a.Record)
 	a.Raw, a.Torn = string(escapeAudit(line)), err != nil || a.Record.Seq == 0 || len(a.Record.Prev) != len(noPrev)
 	return a
@@ -441,6 +418,7 @@ func parseAuditLine(line []byte) (a auditLine) {
 
 // lastLines reads the last n lines (or fewer: no more than maxAuditTail bytes), each with its newline but perhaps the last.
 func lastLines(f *os.File, size int64, n int) ([][]byte, error) {
+	n = max(n, 0)
 	for window := int64(64 << 10); ; window *= 4 {
 		window = min(window, size, maxAuditTail)
 		data := make([]byte, window)
@@ -459,19 +437,11 @@ func lastLines(f *os.File, size int64, n int) ([][]byte, error) {
 }
 
 // auditEnd reads where a chain ends: its last record, the digest that the next one refers to, and whether the last line lacks its newline.
-func auditEnd(file string, info fs.FileInfo) (last auditHead, prev string, unended bool, err error) {
-	f, now, err := openPlain(file, os.O_RDONLY, true)
-	if err != nil {
-		return last, "", false, err
-	}
-	defer f.Close()
-	if !os.SameFile(now, info) {
-		return last, "", false, fmt.Errorf("%q was moved while it was opened", file)
-	}
-	lines, err := lastLines(f, now.Size(), auditTornRun)
+func auditEnd(f *os.File, size int64) (last auditHead, prev string, unended bool, err error) {
+	lines, err := lastLines(f, size, auditTornRun)
 	prev = noPrev
 	for _, line := range lines {
-		line, ended := bytes.CutSuffix(line, []byte("\n"))
+		line, ended := bytes.CutSuffix(line, newline)
 		if a := parseAuditLine(line); !a.Torn {
 			prev = auditDigest(line)
 			last = auditHead{a.Record.Seq, prev}
@@ -481,29 +451,23 @@ func auditEnd(file string, info fs.FileInfo) (last auditHead, prev string, unend
 		unended = !ended
 	}
 	// A crash may leave one torn record and nothing else; any other file without a record is none of ours.
-	if err == nil && now.Size() > 0 && last.Seq == 0 && !(len(lines) == 1 && bytes.HasPrefix(lines[0], []byte(`{"seq":`))) {
-		err = fmt.Errorf("%q %w: move it away, or name another file in audit.file", file, errNotAudit)
+	if err == nil && size > 0 && last.Seq == 0 && !(len(lines) == 1 && bytes.HasPrefix(lines[0], []byte(`{"seq":`))) {
+		err = fmt.Errorf("%q %w: move it away, or name another file in audit.file", f.Name(), errNotAudit)
 	}
 	return last, prev, unended, err
 }
 
-// tailAudit gives the last n lines of the log.
+// tailAudit gives the last n lines of the log, without one that has no end yet.
 func tailAudit(file string, n int) (out []auditLine, err error) {
-	f, info, err := openPlain(file, os.O_RDONLY, true)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	lines, err := lastLines(f, info.Size(), n)
-	for _, line := range lines {
-		out = append(out, parseAuditLine(line))
-	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	err = followAudit(ctx, file, n, func(a auditLine) { out = append(out, a) })
 	return out, err
 }
 
-// followAudit hands emit the last n lines, and then each new one once it is whole, across a rotation or truncation of the log,
-// until ctx ends (nil) or emit fails.
-func followAudit(ctx context.Context, file string, n int, emit func(auditLine) error) error {
+// followAudit hands emit the last n lines, and then each new one once it is whole, until ctx ends. It looks at the path before it reads, so that
+// nothing is left unread in a file that was renamed away; a truncated one is read from its start again.
+func followAudit(ctx context.Context, file string, n int, emit func(auditLine)) error {
 	f, info, err := openPlain(file, os.O_RDONLY, true)
 	if err != nil {
 		return err
@@ -514,60 +478,42 @@ func followAudit(ctx context.Context, file string, n int, emit func(auditLine) e
 	for _, line := range lines {
 		at -= int64(len(line))
 	}
+	r := bufio.NewReaderSize(nil, maxAuditLine)
 	tick := time.NewTicker(auditPoll)
 	defer tick.Stop()
 	for err == nil {
-		if at, err = emitFrom(f, at, emit); err != nil {
-			break
+		now, gone := os.Lstat(file) // gone: between rename and creation
+		rotated := gone == nil && !os.SameFile(now, info)
+		if gone == nil && !rotated && now.Size() < at {
+			at = 0
+		}
+		if at, err = emitFrom(r, f, at, emit); err == nil && rotated {
+			f.Close()
+			f, info, err = openPlain(file, os.O_RDONLY, true)
+			at = 0
 		}
 		select {
 		case <-ctx.Done():
-			return nil
+			return err
 		case <-tick.C:
-		}
-		now, gone := os.Lstat(file)
-		switch {
-		case gone != nil: // between rename and creation
-		case !os.SameFile(now, info):
-			_, err = emitFrom(f, at, emit)
-			f.Close()
-			if err == nil {
-				f, info, err = openPlain(file, os.O_RDONLY, true)
-			}
-			at = 0
-		case now.Size() < at:
-			at = 0
 		}
 	}
 	return err
 }
 
 // emitFrom hands over the whole lines from an offset on, and returns the offset behind them.
-func emitFrom(f *os.File, at int64, emit func(auditLine) error) (int64, error) {
-	lines := auditScanner(io.NewSectionReader(f, at, math.MaxInt64-at))
-	for lines.Scan() && bytes.HasSuffix(lines.Bytes(), []byte("\n")) {
-		if err := emit(parseAuditLine(lines.Bytes())); err != nil {
+func emitFrom(r *bufio.Reader, f *os.File, at int64, emit func(auditLine)) (int64, error) {
+	r.Reset(io.NewSectionReader(f, at, math.MaxInt64-at))
+	for {
+		line, err := r.ReadSlice('\n')
+		if err == io.EOF {
+			return at, nil // what is left has no end yet
+		} else if err != nil {
 			return at, err
 		}
-		at += int64(len(lines.Bytes()))
+		emit(parseAuditLine(line))
+		at += int64(len(line))
 	}
-	return at, lines.Err()
-}
-
-// auditScanner gives lines with their newlines, so that an unended one shows; a longer one than any record is an error.
-func auditScanner(r io.Reader) *bufio.Scanner {
-	s := bufio.NewScanner(r)
-	s.Buffer(nil, maxAuditLine+1)
-	s.Split(func(data []byte, atEOF bool) (int, []byte, error) {
-		if i := bytes.IndexByte(data, '\n'); i >= 0 {
-			return i + 1, data[:i+1], nil
-		}
-		if !atEOF || len(data) == 0 {
-			return 0, nil, nil
-		}
-		return len(data), data, nil
-	})
-	return s
 }
 
 // auditReport is what verify found.
@@ -592,16 +538,19 @@ func verifyAudit(file string, want *auditHead) (rep auditReport, err error) {
 		return rep, err
 	}
 	defer f.Close()
-	lines := auditScanner(f)
-	for rep.Why == "" && lines.Scan() {
-		rep.Why = rep.step(lines.Bytes(), want)
+	r := bufio.NewReaderSize(f, maxAuditLine)
+	for err == nil && rep.Why == "" {
+		var line []byte
+		if line, err = r.ReadSlice('\n'); len(line) > 0 {
+			rep.Why = rep.step(line, want)
+		}
 	}
 	switch {
+	case errors.Is(err, bufio.ErrBufferFull):
+		rep.Why = "it is longer than any record"
 	case rep.Why != "":
-	case errors.Is(lines.Err(), bufio.ErrTooLong):
-		rep.lines, rep.Why = rep.lines+1, "it is longer than any record"
-	case lines.Err() != nil:
-		return rep, lines.Err()
+	case err != io.EOF:
+		return rep, err
 	case rep.uncovered:
 		rep.Why = "it is not a record, and no later one covers it"
 	case want != nil && !rep.found:
@@ -615,7 +564,7 @@ func verifyAudit(file string, want *auditHead) (rep auditReport, err error) {
 
 // step takes the next line, and says what is wrong with it.
 func (rep *auditReport) step(line []byte, want *auditHead) string {
-	line, ended := bytes.CutSuffix(line, []byte("\n"))
+	line, ended := bytes.CutSuffix(line, newline)
 	a, prev, digest := parseAuditLine(line), rep.prev, auditDigest(line)
 	r := a.Record
 	rep.lines, rep.prev, rep.uncovered = rep.lines+1, digest, a.Torn && ended
