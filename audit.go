@@ -239,8 +239,8 @@ func (l *auditLog) asLeft(now fs.FileInfo) bool {
 // open opens the file at the path. A chain that is in memory goes on, whatever the file holds: an absent or empty file is what a rotation by
 // rename leaves; anything else than what was left there is a break. Else the chain is taken from the file's last line.
 func (l *auditLog) open() error {
-	l.drop()
 	f, info, err := openPlain(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE, false)
+	l.drop() // only now: until then a new file could not have the old one's inode number
 	if err != nil {
 		return err
 	}
