@@ -332,10 +332,10 @@ func (l *auditLog) cleanArgv(argv []string, limit int) (out []string) {
 }
 
 func (l *auditLog) redact(s string) string {
-	if s = strings.ToValidUTF8(s, "\uFFFD"); l.key == nil || s == "" {
-		return s
+	if s == "" || l.key == nil {
+		return strings.ToValidUTF8(s, "\uFFFD")
 	}
-	return l.key.redact(s)
+	return l.key.redact(strings.ToValidUTF8(s, "\uFFFD"))
 }
 
 // cutText cuts s to at most limit bytes, between characters, and marks the cut.
@@ -348,8 +348,8 @@ func cutText(s string, limit int) string {
 
 // escapeAudit writes as \uXXXX what encoding/json leaves raw and a terminal obeys: DEL, U+0080 to U+009F, and formatting characters.
 func escapeAudit(data []byte) []byte {
-	if bytes.IndexFunc(data, unsafeRune) < 0 {
-		return data
+	if !slices.ContainsFunc(data, func(b byte) bool { return b < ' ' && b != '\n' || b >= 0x7f }) {
+		return data // nearly every record
 	}
 	out := make([]byte, 0, 2*len(data))
 	for _, r := range string(data) {
