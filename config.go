@@ -616,23 +616,34 @@ func loadSettings(p paths) (*settings, error) {
 }
 
 func parseSettings(p paths, data []byte) (*settings, error) {
-	r := &settingsReader{file: p.settings, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
-	known, err := parseStrict([]byte(defaultSettings))
+	r, err := readSettingNodes(p.settings, defaultSettings, data)
+	if err != nil {
+		return nil, err
+	}
+	if !r.inFile["exec.allow"] {
+		r.nodes["exec.allow"] = &node{kind: '['}
+	}
+	return r.settings(p), r.err
+}
+
+// readSettingNodes reads a settings file, a plugin's too, that may have what the defaults have.
+func readSettingNodes(file, defaults string, data []byte) (*settingsReader, error) {
+	r := &settingsReader{file: file, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
+	known, err := parseStrict([]byte(defaults))
 	if err != nil {
 		return nil, err
 	}
 	r.walk("", known, known)
 	clear(r.inFile)
-	r.nodes["exec.allow"] = &node{kind: '['}
 	root, err := parseStrict(data)
 	if wrong := (*jsonError)(nil); errors.As(err, &wrong) {
-		return nil, fmt.Errorf("%s:%d:%d: %s", p.settings, wrong.Line, wrong.Col, wrong.Msg)
+		return nil, fmt.Errorf("%s:%d:%d: %s", file, wrong.Line, wrong.Col, wrong.Msg)
 	}
 	if root.kind != '{' {
 		return nil, r.fail(root.start, "settings", "is %s and must be an object", root.what())
 	}
 	r.walk("", root, known)
-	return r.settings(p), r.err
+	return r, r.err
 }
 
 // walk takes over the members of n, and refuses those that the defaults do not know or that are of another type there.
@@ -648,7 +659,7 @@ func (r *settingsReader) walk(prefix string, n, known *node) {
 			r.fail(n.keyAt[i], strconv.Quote(name), "is not a setting (a key that begins with _ is a comment)")
 		case v.what() != def.what() && !(prefix == "ip." && (v.kind == '"' || v.kind == '[')):
 			r.fail(v.start, name, "is %s and must be %s", v.what(), def.what())
-		case v.kind == '{' && name != "exec.env.set":
+		case len(def.keys) > 0: // an object of ours; one without keys there takes any, as exec.env.set
 			r.walk(name+".", v, def)
 		default:
 			if r.nodes[name] == nil {
