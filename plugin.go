@@ -35,7 +35,7 @@ const (
 	probeTimeout     = 3 * time.Second
 	probeKillGrace   = 200 * time.Millisecond
 	maxProbeOutput   = 1 << 20  // bytes that a tool may print as its help
-	maxUsage         = 64 << 10 // bytes of them that go into references/usage.md
+	maxUsage         = 64 << 10 // bytes of it that go into references/usage.md
 
 	// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
 	pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},"exec":{"allow":[],"deny":[]}}`
@@ -105,6 +105,9 @@ type pluginInfo struct {
 // fail notes an error. That of a setting begins with file:line:column.
 func (i *pluginInfo) fail(file string, err error) {
 	message := err.Error()
+	if errors.Is(err, fs.ErrNotExist) {
+		message = "there is no such file"
+	}
 	if rest, ok := strings.CutPrefix(message, file+":"); ok {
 		place, text, _ := strings.Cut(rest, ": ")
 		file, message = file+":"+place, text
@@ -546,7 +549,7 @@ type hookPlugin struct {
 // hookOutput is what a hook answered; all nil: unchanged.
 type hookOutput struct {
 	Args   []string
-	Result map[string]any // of string, int64 or nil; these fields replace the answer's
+	Result map[string]any // of string, int64 or nil, by the names of a buffered answer's fields
 	Error  *hookError
 }
 
@@ -702,8 +705,7 @@ func hookErrorOf(n *node) (*hookError, error) {
 
 // ---- administration
 
-// doctorPlugins gives the problems of every plugin, what the server would not start with first. Of a disabled plugin
-// everything is only a remark.
+// doctorPlugins gives the problems of every plugin. Of a disabled one everything is only a remark: the server starts without it.
 func doctorPlugins(p paths, s *settings) []pluginProblem {
 	problems := []pluginProblem{}
 	for _, info := range surveyPlugins(p, s, true) {
@@ -715,9 +717,6 @@ func doctorPlugins(p paths, s *settings) []pluginProblem {
 			problems = append(problems, problem)
 		}
 	}
-	slices.SortStableFunc(problems, func(a, b pluginProblem) int {
-		return cmp.Compare(fmt.Sprint(a.Warning), fmt.Sprint(b.Warning))
-	})
 	return problems
 }
 
@@ -754,13 +753,23 @@ func enablePlugin(p paths, s *settings, name string) error {
 }
 
 func disablePlugin(p paths, name string) error {
+	if err := checkPluginDir(p, name); err != nil {
+		return err
+	}
+	return editPluginState(p, name, false)
+}
+
+func checkPluginDir(p paths, name string) error {
 	if err := checkPluginWord("name", name, pluginNameChars); err != nil {
 		return err
 	}
-	if _, err := os.Lstat(filepath.Join(p.plugins, name)); err != nil {
-		return fmt.Errorf("there is no plugin %q: %w", name, err)
+	dir := filepath.Join(p.plugins, name)
+	if info, err := os.Lstat(dir); err != nil {
+		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
+	} else if !info.IsDir() {
+		return fmt.Errorf("%s is not a directory: remove it yourself", dir)
 	}
-	return editPluginState(p, name, false)
+	return nil
 }
 
 // checkCommandFree refuses a command that an enabled plugin has already: the server would not start with both.
@@ -774,8 +783,13 @@ func checkCommandFree(p paths, s *settings, name, command string) error {
 }
 
 // removePlugin removes the one directory, never what a link leads to. It is out of the server's sight with the first step.
-func removePlugin(p paths, name string) error {
-	if err := checkPluginWord("name", name, pluginNameChars); err != nil {
+// Settings that enable it by name would miss it at the next start, so they disable it too.
+func removePlugin(p paths, s *settings, name string) error {
+	err := checkPluginDir(p, name)
+	if err == nil && slices.Contains(s.PluginsEnabled, name) && !slices.Contains(s.PluginsDisabled, name) {
+		err = editPluginState(p, name, false)
+	}
+	if err != nil {
 		return err
 	}
 	root, err := os.OpenRoot(p.plugins)
@@ -783,11 +797,6 @@ func removePlugin(p paths, name string) error {
 		return err
 	}
 	defer root.Close()
-	if info, err := root.Lstat(name); err != nil {
-		return fmt.Errorf("there is no plugin %q in %s", name, p.plugins)
-	} else if !info.IsDir() {
-		return fmt.Errorf("%s is not a directory: remove it yourself", filepath.Join(p.plugins, name))
-	}
 	old := ".old-" + name
 	if err := errors.Join(root.RemoveAll(old), root.Rename(name, old)); err != nil {
 		return err
@@ -940,7 +949,7 @@ func (o pluginOrder) files(t toolFacts) (map[string]string, error) {
 	skill, usage, _ := strings.Cut(string(template), "\n=====\n")
 	fill := strings.NewReplacer("{NAME}", o.Name, "{COMMAND}", o.Command, "{TYPE}", o.Type, "{RULES}", string(list),
 		"{REQUESTS}\n", cmp.Or(requests, "None yet: the operator adds rules to `exec.allow` in this plugin's `settings.json`.\n"),
-		"{HELP}", t.helpText, "{VERSION}", t.versionText)
+		"{HELP}", cmp.Or(t.helpText, "(nothing)"), "{VERSION}", cmp.Or(t.versionText, "(nothing)"))
 	files := map[string]string{"SKILL.md": fill.Replace(skill), "references/usage.md": fill.Replace(usage), "settings.json": fill.Replace(pluginSettings)}
 	_, err = parsePlugin(o.Name, "settings.json", []byte(files["settings.json"]))
 	return files, err
