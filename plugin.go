@@ -522,12 +522,12 @@ func (p *plugin) approve(pol *policy, argv []string) (approved, decision) {
 	return pol.decide(argv)
 }
 
-// hookInput is the JSON that a hook gets on standard input.
+// hookInput is the JSON that a hook gets on standard input, free of the key (server.go makes it).
 type hookInput struct {
 	Args         []string       `json:"args"`
 	OriginalArgs []string       `json:"originalArgs"`
 	Request      hookRequest    `json:"request"`
-	Plugin       hookPlugin     `json:"plugin"`           // filled in by runHook
+	Plugin       hookPlugin     `json:"plugin"`
 	Result       map[string]any `json:"result,omitempty"` // after only: the buffered answer's fields
 }
 
@@ -564,7 +564,7 @@ type runFunc func(ctx context.Context, what approved, stdin []byte) outcome
 
 // runHook runs one hook ("before" or "after"); an error is the hook's failure: 500 plugin_before_error or plugin_after_error.
 // The error quotes what the hook printed: it is for the server's log.
-func (p *plugin) runHook(ctx context.Context, which string, in hookInput, key *apiKey, run runFunc) (hookOutput, error) {
+func (p *plugin) runHook(ctx context.Context, which string, in hookInput, run runFunc) (hookOutput, error) {
 	file := p.before
 	if which == "after" {
 		file = p.after
@@ -576,8 +576,7 @@ func (p *plugin) runHook(ctx context.Context, which string, in hookInput, key *a
 	if version, err := hookVersion(p.dir, strings.TrimPrefix(file, p.dir+"/")); err != nil || version != p.hooks[file] {
 		return fail("the file has changed since the server started: run aexec restart (%v)", err)
 	}
-	in.Plugin = hookPlugin{p.Name, p.Type, p.Command, p.Invoke}
-	stdin, err := hookStdin(in, key)
+	stdin, err := json.Marshal(in)
 	if err != nil {
 		return fail("%w", err)
 	}
@@ -591,37 +590,6 @@ func (p *plugin) runHook(ctx context.Context, which string, in hookInput, key *a
 		return fail("it printed something that is no answer: %w", err)
 	}
 	return answer, nil
-}
-
-// hookStdin is the hook's input with the key replaced in every string, whatever it came in.
-func hookStdin(in hookInput, key *apiKey) ([]byte, error) {
-	data, err := json.Marshal(in)
-	if err != nil {
-		return nil, err
-	}
-	var v any
-	if err := json.Unmarshal(data, &v); err != nil {
-		return nil, err
-	}
-	return json.Marshal(redactValue(v, key))
-}
-
-func redactValue(v any, key *apiKey) any {
-	switch v := v.(type) {
-	case string:
-		return key.redact(v)
-	case []any:
-		for i := range v {
-			v[i] = redactValue(v[i], key)
-		}
-	case map[string]any:
-		clean := map[string]any{}
-		for name, item := range v {
-			clean[key.redact(name)] = redactValue(item, key)
-		}
-		return clean
-	}
-	return v
 }
 
 // parseHookOutput holds what a hook printed to one of: nothing, {"args"} (before), {"result"} (after), {"error"}.
