@@ -29,13 +29,12 @@ import (
 )
 
 const (
-	maxReferences    = 64   // documents in one plugin's references/
-	maxPluginEntries = 4096 // files of one plugin that its fingerprint covers
-	maxHookText      = 1000 // bytes of an error's message, and of what a failed hook said, in the log
-	probeTimeout     = 3 * time.Second
-	probeKillGrace   = 200 * time.Millisecond
-	maxProbeOutput   = 1 << 20  // bytes that a tool may print as its help
-	maxUsage         = 64 << 10 // bytes of it that go into references/usage.md
+	maxReferences  = 64   // documents in one plugin's references/
+	maxHookText    = 1000 // bytes of an error's message, and of what a failed hook said, in the log
+	probeTimeout   = 3 * time.Second
+	probeKillGrace = 200 * time.Millisecond
+	maxProbeOutput = 1 << 20  // bytes that a tool may print as its help
+	maxUsage       = 64 << 10 // bytes of it that go into references/usage.md
 
 	// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
 	pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},"exec":{"allow":[],"deny":[]}}`
@@ -331,22 +330,21 @@ func (p *plugin) document(name string) ([]byte, bool) {
 	return data, ok
 }
 
-// pluginFingerprints gives a digest of each plugin directory by "plugin:NAME": of names, modes, sizes and times, enough
-// to say that a restart would bring something new.
+// pluginFingerprints gives a digest of each plugin directory by "plugin:NAME": of the names, modes, sizes and times of what
+// is read at start, enough to say that a restart would bring something new.
 func pluginFingerprints(p paths) map[string]string {
 	prints := map[string]string{}
-	names, _ := pluginNames(p, &settings{}) // a directory that cannot be read has no fingerprints
+	names, _ := pluginNames(p, &settings{}) // a directory that cannot be read has none
 	for _, name := range names {
-		h, left := sha256.New(), maxPluginEntries
-		fs.WalkDir(os.DirFS(p.plugins), name, func(file string, e fs.DirEntry, err error) error {
-			if left--; left < 0 || err != nil {
-				return fs.SkipAll
+		h, files := sha256.New(), os.DirFS(filepath.Join(p.plugins, name))
+		for _, pattern := range []string{"settings.json", "SKILL.md", "*/*"} {
+			found, _ := fs.Glob(files, pattern) // the patterns are right, so there is no error
+			for _, file := range found {
+				if info, err := fs.Lstat(files, file); err == nil {
+					fmt.Fprintf(h, "%q %v %d %d\n", file, info.Mode(), info.Size(), info.ModTime().UnixNano())
+				}
 			}
-			if info, err := e.Info(); err == nil && !e.IsDir() {
-				fmt.Fprintf(h, "%q %v %d %d\n", file, info.Mode(), info.Size(), info.ModTime().UnixNano())
-			}
-			return nil
-		})
+		}
 		prints[pluginSource+name] = hex.EncodeToString(h.Sum(nil)[:8])
 	}
 	return prints
