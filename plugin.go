@@ -482,7 +482,11 @@ func isWildcard(s string) bool {
 func registerRoute(mux *http.ServeMux, pattern string) (err error) {
 	defer func() {
 		if r := recover(); r != nil {
-			err = fmt.Errorf("%v", r)
+			text := fmt.Sprint(r)
+			if _, why, found := strings.Cut(text, "):\n"); found { // about a conflict it says much more
+				text, _, _ = strings.Cut(why, "\n")
+			}
+			err = errors.New(strings.TrimSuffix(text, "."))
 		}
 	}()
 	mux.Handle(pattern, http.NotFoundHandler())
@@ -691,9 +695,11 @@ func (i *pluginInfo) advise() {
 	if i.Type == "trusted" {
 		i.warn("settings.json", "a trusted plugin is code of this machine's: review it as you would a program of your own")
 	}
-	for _, r := range i.plugin.Rules.Allow {
-		if why := broad(r); why != "" {
-			i.warn("settings.json", "the rule %q is broad: %s", r, why)
+	if pol, err := compilePolicy([]ruleSet{i.plugin.Rules}); err == nil {
+		for _, f := range pol.lint() {
+			if f.Rule != "" { // else it is about the policy as a whole
+				i.warn("settings.json", "the rule %q %s", f.Rule, f.Message)
+			}
 		}
 	}
 	for _, part := range strings.Split(string(i.plugin.docs["SKILL.md"]), "references/")[1:] {
