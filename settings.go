@@ -97,27 +97,35 @@ func loadSettings(p paths) (*settings, error) {
 }
 
 func parseSettings(p paths, data []byte) (*settings, error) {
-	r := &settingsReader{file: p.settings, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
-	known, err := parseStrict([]byte(defaultSettings))
+	r, err := readSettingNodes(p.settings, defaultSettings, data)
+	if err != nil {
+		return nil, err
+	}
+	if !r.inFile["exec.allow"] {
+		r.nodes["exec.allow"] = &node{kind: '['}
+	}
+	s := r.settings(p)
+	return s, r.err
+}
+
+// readSettingNodes reads a settings file, a plugin's too, that may have what the defaults have.
+func readSettingNodes(file, defaults string, data []byte) (*settingsReader, error) {
+	r := &settingsReader{file: file, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
+	known, err := parseStrict([]byte(defaults))
 	if err != nil {
 		return nil, err
 	}
 	r.walk("", known, known)
 	clear(r.inFile)
-	r.nodes["exec.allow"] = &node{kind: '['}
 	root, err := parseStrict(data)
 	if err != nil {
-		return nil, jsonErrorIn(p.settings, err)
+		return nil, jsonErrorIn(file, err)
 	}
 	if root.kind != '{' {
 		return nil, r.fail(root.start, "settings", "is %s and must be an object", root.shown())
 	}
 	r.walk("", root, known)
-	if r.err != nil {
-		return nil, r.err
-	}
-	s := r.settings(p)
-	return s, r.err
+	return r, r.err
 }
 
 // walk takes over the members of n, and refuses those that the defaults do not know or that are of another type there.
@@ -133,7 +141,7 @@ func (r *settingsReader) walk(prefix string, n, known *node) {
 			r.fail(n.keyAt[i], strconv.Quote(name), "is not a setting: remove it, or let it begin with _ as a comment")
 		case v.what() != def.what() && !(prefix == "ip." && (v.kind == '"' || v.kind == '[')):
 			r.fail(v.start, name, "is %s and must be %s", v.shown(), def.what())
-		case v.kind == '{' && name != "exec.env.set":
+		case len(def.keys) > 0: // an object of ours; one without keys there takes any, as exec.env.set
 			r.walk(name+".", v, def)
 		default:
 			if r.nodes[name] == nil {
