@@ -31,10 +31,8 @@ func main() {
 
 // serveOptions are what `start -f` was given.
 type serveOptions struct {
-	host    string // "" and portSet false: as .env says
-	port    int
-	portSet bool
-	log     *log.Logger // nil: standard error
+	startupFlags
+	log *log.Logger
 }
 
 // serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
@@ -51,7 +49,8 @@ func serve(o serveOptions) (err error) {
 	if err != nil {
 		return err
 	}
-	start, err := loadStartup(p, startupFlags{key: hand.key, host: o.host, port: o.port, portSet: o.portSet})
+	o.key = hand.key
+	start, err := loadStartup(p, o.startupFlags)
 	if err != nil {
 		return err
 	}
@@ -61,7 +60,7 @@ func serve(o serveOptions) (err error) {
 	ctx, stop := untilSignal(hand.ready != nil)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	return serveUntil(ctx, p, start, &hand, cmp.Or(o.log, log.Default()))
+	return serveUntil(ctx, p, start, &hand, o.log)
 }
 
 // serveUntil holds the directory, loads, listens, and answers until ctx ends.
