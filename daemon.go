@@ -58,33 +58,31 @@ func (e *errRunning) Error() string {
 	return fmt.Sprintf("already running on %s (pid %d)", e.info.Address, e.info.Pid)
 }
 
-// holdPidFile takes the lock for the life of the process, or gives *errRunning. Without a file it gives fs.ErrNotExist
-// where none can be made.
+// errNoPidFile is returned by holdPidFile where there is no pid file and none can be made.
+var errNoPidFile = errors.New("status and stop will not find this server")
+
+// holdPidFile takes the lock for the life of the process, or gives *errRunning.
 func holdPidFile(p paths) (*pidFile, error) {
 	f, err := os.OpenFile(p.pid, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
-	if errors.Is(err, syscall.ELOOP) {
-		return nil, fmt.Errorf("%w: remove the link", err)
-	} else if _, missing := os.Lstat(p.pid); err != nil {
-		return nil, errors.Join(err, missing)
+	if _, missing := os.Lstat(p.pid); err != nil && missing != nil {
+		return nil, fmt.Errorf("%w: %w", err, errNoPidFile)
+	} else if err != nil { // ELOOP is a link
+		return nil, fmt.Errorf("%w: remove it if it is none of yours", err)
 	}
 	if err := checkTrustedFile(f, true); err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
-	mine, err := lockFile(f)
-	if mine {
+	if mine, err := lockFile(f); err != nil {
+		return nil, errors.Join(fmt.Errorf("lock %s: %w", p.pid, err), f.Close())
+	} else if mine {
 		return &pidFile{f}, f.Truncate(0) // what an earlier server wrote is not true of this one
 	}
-	defer f.Close()
-	if err != nil {
-		return nil, fmt.Errorf("lock %s: %w", p.pid, err)
+	f.Close()
+	info, running, err := findServer(p)
+	if err == nil && !running {
+		err = errors.New("another server of this directory has just ended: try again")
 	}
-	info, held, err := readPidFile(f)
-	if err == nil && !held {
-		err = fmt.Errorf("another server of this directory has just ended: try again")
-	} else if err == nil {
-		err = &errRunning{info}
-	}
-	return nil, err
+	return nil, cmp.Or(err, error(&errRunning{info}))
 }
 
 // publish writes who and where this server is: in place, for a new file would not be the locked one.
@@ -107,7 +105,8 @@ func (l *pidFile) release() {
 	}
 }
 
-// findServer asks the lock; false: not running. It must not be called by the server itself.
+// findServer asks the kernel who holds the lock (false: nobody, not running), and takes the file's content only if it agrees
+// with that. The server itself must not call it.
 func findServer(p paths) (serverInfo, bool, error) {
 	f, err := openTrusted(p.pid, 0)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -119,17 +118,12 @@ func findServer(p paths) (serverInfo, bool, error) {
 	if err := checkTrustedFile(f, true); err != nil {
 		return serverInfo{}, false, err
 	}
-	return readPidFile(f)
-}
-
-// readPidFile gives the holder by the kernel's word, and the file's content only if it agrees with that.
-func readPidFile(f *os.File) (serverInfo, bool, error) {
 	pid, held, err := lockHolder(f)
 	if err != nil || !held {
 		return serverInfo{}, false, err
 	}
 	var info serverInfo
-	data, err := io.ReadAll(io.NewSectionReader(f, 0, maxReportBytes))
+	data, err := io.ReadAll(io.LimitReader(f, maxReportBytes))
 	if err != nil || json.Unmarshal(data, &info) != nil || info.Pid != pid {
 		info = serverInfo{}
 	}
@@ -304,10 +298,7 @@ func stopServer(p paths, wait time.Duration) (serverInfo, bool, error) {
 	if now, running, err := findServer(p); err != nil || !running || now.Pid != info.Pid {
 		return info, true, err
 	}
-	if err := endProcess(h, info.Pid, syscall.SIGTERM, wait); err != nil {
-		return info, true, err
-	}
-	return info, true, nil
+	return info, true, endProcess(h, info.Pid, syscall.SIGTERM, wait)
 }
 
 // endProcess sends the signal and waits until the process is dead.

@@ -315,7 +315,7 @@ func TestPidFileThatIsNoneOfOurs(t *testing.T) {
 				t.Fatal(err)
 			}
 			before, _ := os.ReadFile(h.settings)
-			if lock, err := holdPidFile(h.paths); err == nil || !strings.Contains(err.Error(), h.pid) || errors.Is(err, fs.ErrNotExist) {
+			if lock, err := holdPidFile(h.paths); err == nil || !strings.Contains(err.Error(), h.pid) || errors.Is(err, errNoPidFile) {
 				t.Errorf("held: %v, %v", lock, err)
 			}
 			if _, running, err := findServer(h.paths); running || err == nil || !strings.Contains(err.Error(), h.pid) {

@@ -8,7 +8,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log"
 	"maps"
 	"net/netip"
@@ -66,8 +65,8 @@ func serve(o serveOptions) (err error) {
 // serveUntil holds the directory, loads, listens, and answers until ctx ends.
 func serveUntil(ctx context.Context, p paths, start startup, hand *handover, logger *log.Logger) error {
 	lock, err := holdPidFile(p)
-	if errors.Is(err, fs.ErrNotExist) {
-		logger.Printf("warning: no pid file: %v: status and stop will not find this server", err)
+	if errors.Is(err, errNoPidFile) {
+		logger.Printf("warning: %v", err)
 	} else if err != nil {
 		return err
 	}
@@ -140,11 +139,7 @@ func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	file := plain.AuditFile
-	if file == "" {
-		file = p.audit
-	}
-	audit, err := openAudit(file, plain.AuditEnabled, start.key)
+	audit, err := openAudit(cmp.Or(plain.AuditFile, p.audit), plain.AuditEnabled, start.key)
 	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger}, err
 }
 
@@ -219,7 +214,7 @@ func watchRestart(ctx context.Context, p paths, inForce map[string]string, logge
 		}
 		for _, name := range changedNames(seen, onDisk) {
 			if onDisk[name] != inForce[name] {
-				logger.Printf("%s has changed on disk: it takes effect with aexec restart", name)
+				logger.Printf("%q has changed on disk: it takes effect with aexec restart", name)
 			}
 		}
 		seen = onDisk
