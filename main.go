@@ -37,7 +37,11 @@ type serveOptions struct {
 // serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
 func serve(o serveOptions) (err error) {
 	hand, err := takeHandover()
-	defer func() { hand.report(serverInfo{}, err) }()
+	defer func() {
+		if err != nil { // not in a panic, which says nothing and is the log's
+			hand.report(serverInfo{}, err)
+		}
+	}()
 	if err != nil {
 		return err
 	}
