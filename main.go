@@ -98,7 +98,7 @@ func serveUntil(ctx context.Context, p paths, start startup, hand *handover, log
 		return err
 	}
 	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
-	if err := errors.Join(s.logStart(leftovers), lock.publish(info)); err != nil {
+	if err := errors.Join(lock.publish(info), s.logStart(leftovers)); err != nil {
 		return err
 	}
 	hand.report(info, nil)
