@@ -3,10 +3,12 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"io"
 	"io/fs"
+	"log"
 	"net"
 	"net/http"
 	"os"
@@ -171,6 +173,28 @@ func daemonGet(t *testing.T, address, path, key string) int {
 	}
 	answer.Body.Close()
 	return answer.StatusCode
+}
+
+// daemonExec gives the whole answer to one command.
+func daemonExec(t *testing.T, address, key, body string) string {
+	t.Helper()
+	r, err := http.NewRequest("POST", "http://"+address+"/api/exec", strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close = true
+	r.Header.Set("X-API-Key", key)
+	r.Header.Set("Content-Type", "application/json")
+	answer, err := http.DefaultClient.Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	text, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(text)
 }
 
 // ---- helper programs
@@ -351,6 +375,106 @@ func TestPortHolders(t *testing.T) {
 	}
 	if holders, err := portHolders(h.paths, port); len(holders) != 0 || err != nil {
 		t.Errorf("afterwards: %+v, %v", holders, err)
+	}
+}
+
+// ---- the wiring
+
+// A server that dies without a word, by a panic for example, has not started.
+func TestSilentDeathIsNoStart(t *testing.T) {
+	h := newDaemonHome(t)
+	for _, said := range []string{"", "{", `{"info":{"pid":1},"error":"port taken"}`} {
+		c := helperCommand(t, "bystander") // ends at once: its standard input is empty
+		ours, theirs, err := os.Pipe()
+		if err == nil {
+			_, err = theirs.WriteString(said)
+		}
+		if err := errors.Join(err, theirs.Close(), c.Start()); err != nil {
+			t.Fatal(err)
+		}
+		info, err := awaitServer(c.Process, ours, h.paths)
+		ours.Close()
+		want := "port taken"
+		if !strings.Contains(said, want) {
+			want = "the server ended before it answered: see " + h.log
+		}
+		if err == nil || err.Error() != want || info.Pid != 0 {
+			t.Errorf("after %q: %+v, %v", said, info, err)
+		}
+	}
+}
+
+func TestChangesThatNeedARestartAreLoggedOnce(t *testing.T) {
+	h := newDaemonHome(t)
+	inForce, err := restartState(h.paths)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	tick, said := make(chan time.Time), new(bytes.Buffer)
+	ended := make(chan bool)
+	go func() {
+		watchRestart(ctx, tick, h.paths, inForce, log.New(said, "", 0))
+		close(ended)
+	}()
+	write := func(path, text string) func() { return func() { h.write(path, text) } }
+	steps := []func(){
+		func() {},
+		write(h.paths.env, "API_KEY="+daemonOtherKey+"\nPORT=0\nAGENT_EXEC_ENABLED=true\n"),
+		func() {},
+		write(h.settings, `{"maxRequestBodyBytes":4096}`),
+		write(h.settings, `{`),
+		write(h.settings, `{"maxRequestBodyBytes":4096}`),
+		write(h.settings, `{}`), // as it was
+		write(h.settings, `{"maxRequestBodyBytes":4096}`),
+		func() { os.Mkdir(filepath.Join(h.plugins, "new"), 0o700) },
+	}
+	for _, step := range steps {
+		step()
+		tick <- time.Time{}
+		tick <- time.Time{} // is taken when the first has been dealt with
+	}
+	cancel()
+	<-ended
+	const after = " has changed on disk: it takes effect with aexec restart\n"
+	if want := `"API_KEY"` + after + `"maxRequestBodyBytes"` + after + `"maxRequestBodyBytes"` + after + `"plugin:new"` + after; said.String() != want {
+		t.Errorf("the log says:\n%s", said)
+	}
+}
+
+func TestStartWarnings(t *testing.T) {
+	for _, c := range []struct {
+		address string
+		allow   []ruleSpec
+		cred    *credential
+		want    []string
+	}{
+		{"127.0.0.1:3333", []ruleSpec{{Text: "aexec --version"}}, &credential{}, nil},
+		{"[::1]:3333", nil, &credential{}, nil},
+		{"[::ffff:127.0.0.1]:3333", nil, &credential{}, nil},
+		{"0.0.0.0:3333", nil, &credential{}, []string{"plain HTTP"}},
+		{"[::]:3333", nil, &credential{}, []string{"plain HTTP"}},
+		{"192.0.2.1:3333", []ruleSpec{{Text: "*"}}, &credential{}, []string{"plain HTTP", `"*"`}},
+		{"127.0.0.1:3333", nil, nil, []string{"root"}},
+	} {
+		compiled, err := compilePolicy([]ruleSet{{Source: "settings.json", Allow: c.allow}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if c.cred == nil && os.Geteuid() != 0 {
+			c.want = nil
+		}
+		got := startWarnings(c.address, &snapshot{policy: compiled, cred: c.cred})
+		if len(got) != len(c.want) {
+			t.Errorf("%s, %v: %q", c.address, c.allow, got)
+			continue
+		}
+		for i, want := range c.want {
+			if !strings.Contains(got[i], want) {
+				t.Errorf("%s, %v: %q does not say %q", c.address, c.allow, got[i], want)
+			}
+		}
 	}
 }
 
@@ -537,6 +661,7 @@ func TestKeyLeavesTheEnvironment(t *testing.T) {
 	for _, mode := range []string{"background", "foreground"} {
 		t.Run(mode, func(t *testing.T) {
 			h := newDaemonHome(t)
+			h.write(h.settings, `{"exec":{"allow":["env"]}}`)
 			h.env = append(h.env, "API_KEY="+daemonOtherKey)
 			if mode == "background" {
 				h.must("start")
@@ -561,6 +686,10 @@ func TestKeyLeavesTheEnvironment(t *testing.T) {
 			}
 			if strings.Contains(h.logText(), daemonOtherKey) {
 				t.Error("the key is in the log")
+			}
+			output := daemonExec(t, info.Address, daemonOtherKey, `{"args":["env"]}`)
+			if !strings.Contains(output, "PATH=") || strings.Contains(output, "API_KEY") || strings.Contains(output, "AGENT_EXEC_") {
+				t.Errorf("a command's environment: %s", output)
 			}
 			stopServer(h.paths, daemonPatience)
 			h.nothingRuns()

@@ -102,7 +102,9 @@ func serveUntil(ctx context.Context, p paths, start startup, hand *handover, log
 		return err
 	}
 	hand.report(info, nil)
-	go watchRestart(ctx, p, onDisk, logger)
+	tick := time.NewTicker(watchTime)
+	defer tick.Stop()
+	go watchRestart(ctx, tick.C, p, onDisk, logger)
 	err = s.serve(ctx, l)
 	return errors.Join(err, s.logStop(cmp.Or(context.Cause(ctx), err)))
 }
@@ -203,14 +205,12 @@ func restartState(p paths) (map[string]string, error) {
 }
 
 // watchRestart logs, once, each value on disk that has come to differ from the one in force.
-func watchRestart(ctx context.Context, p paths, inForce map[string]string, logger *log.Logger) {
-	tick := time.NewTicker(watchTime)
-	defer tick.Stop()
+func watchRestart(ctx context.Context, tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
 	for seen := maps.Clone(inForce); ; {
 		select {
 		case <-ctx.Done():
 			return
-		case <-tick.C:
+		case <-tick:
 		}
 		onDisk, err := restartState(p)
 		if err != nil {
