@@ -39,41 +39,38 @@ type plumbing struct {
 	streams   [2]stream  // standard output, standard error
 	stdin     *os.File   // our end, nil for /dev/null
 	input     []byte
-	childSide [3]int // descriptors that the child gets as 0, 1, 2
-	null      int    // the one of them that is not ours to close
+	childSide [3]*os.File // what the child gets as 0, 1, 2
+	null      *os.File    // the one of them that is not ours to close
 	pumps     sync.WaitGroup
 }
 
 type stream struct {
 	number   int
 	file     *os.File
-	fd       int // of file, for as long as it is open
 	captured chunks
 	bytes    int64
 }
 
-func openPlumbing(c command, null *os.File) (*plumbing, error) {
-	size := 0
-	if c.sink != nil {
-		size = streamBytes
-	}
-	p := &plumbing{limit: c.maxBytes, broken: make(chan end, 1), sink: c.sink, input: c.stdin, null: int(null.Fd())}
-	p.childSide = [3]int{p.null, p.null, p.null}
+func openPlumbing(c command, null *os.File) (p *plumbing, err error) {
+	p = &plumbing{limit: c.maxBytes, broken: make(chan end, 1), sink: c.sink, input: c.stdin, null: null, childSide: [3]*os.File{null, null, null}}
+	defer func() {
+		if err != nil {
+			p.closeChildSide()
+			p.close()
+		}
+	}()
 	for i := range p.streams {
 		s := &p.streams[i]
-		var err error
-		if s.file, s.fd, p.childSide[i+1], err = outputPipe(size); err != nil {
-			p.closeChildSide()
-			p.close()
+		s.number = i + 1
+		if s.file, p.childSide[s.number], err = os.Pipe(); err != nil {
 			return nil, err
 		}
-		s.number = i + 1
+		if c.sink != nil {
+			enlargePipe(s.file, streamBytes)
+		}
 	}
 	if c.stdin != nil {
-		var err error
-		if p.childSide[0], p.stdin, err = inputPipe(); err != nil {
-			p.closeChildSide()
-			p.close()
+		if p.childSide[0], p.stdin, err = os.Pipe(); err != nil {
 			return nil, err
 		}
 	}
@@ -81,22 +78,17 @@ func openPlumbing(c command, null *os.File) (*plumbing, error) {
 }
 
 func (p *plumbing) closeChildSide() {
-	for _, fd := range p.childSide {
-		if fd != p.null {
-			syscall.Close(fd)
+	for _, f := range p.childSide {
+		if f != p.null {
+			f.Close() // nil too: an error that nobody needs
 		}
 	}
 }
 
 func (p *plumbing) close() {
-	for _, s := range p.streams {
-		if s.file != nil {
-			s.file.Close()
-		}
-	}
-	if p.stdin != nil {
-		p.stdin.Close()
-	}
+	p.streams[0].file.Close()
+	p.streams[1].file.Close()
+	p.stdin.Close()
 }
 
 // pump starts to move input and output, once the command has started.
@@ -160,7 +152,7 @@ func (p *plumbing) forward(s *stream) {
 		n, err := s.read(buffer)
 		if fits := p.admit(n); fits > 0 {
 			p.sinking.Lock()
-			failure := p.sink.output(s.number, buffer[:fits], pendingBytes(s.fd) == 0)
+			failure := p.sink.output(s.number, buffer[:fits], pendingBytes(s.file) == 0)
 			p.sinking.Unlock()
 			if failure != nil {
 				p.stop(endClient)
@@ -181,7 +173,7 @@ func (p *plumbing) forward(s *stream) {
 func (s *stream) read(b []byte) (int, error) {
 	for {
 		n, err := s.file.Read(b)
-		if errors.Is(err, os.ErrDeadlineExceeded) && pendingBytes(s.fd) > 0 {
+		if errors.Is(err, os.ErrDeadlineExceeded) && pendingBytes(s.file) > 0 {
 			s.file.SetReadDeadline(time.Now().Add(drainPatience))
 			continue
 		}

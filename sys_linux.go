@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"hash/fnv"
 	"os"
-	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -211,11 +210,10 @@ type startSpec struct {
 	argv   []string
 	env    []string
 	dir    string
-	files  []int
+	files  []*os.File
 	cred   *credential
-	status *os.File // what the launcher could not do; nil without it
-	report int      // the launcher's end of status
-	limits *rlimits
+	limits *rlimits // not nil: go through the launcher
+	status *os.File // of the launcher: what it could not do
 }
 
 // launch has the start go through the launcher: this binary, that sets the limits and becomes the command.
@@ -223,27 +221,29 @@ func (s *startSpec) launch(l rlimits) { s.limits = &l }
 
 // start makes the child (a session of its own, that dies with this thread) and returns when the kernel has done the exec.
 func (s *startSpec) start() (pid int, err error) {
-	path, argv, files := s.path, s.argv, make([]uintptr, 0, 4)
-	for _, fd := range s.files {
-		files = append(files, uintptr(fd))
-	}
+	path, argv, files := s.path, s.argv, s.files
 	if s.limits != nil {
-		var fd int
-		if s.status, fd, s.report, err = outputPipe(0); err != nil {
+		var report *os.File
+		if s.status, report, err = os.Pipe(); err != nil {
 			return 0, err
 		}
-		_ = fd
-		defer syscall.Close(s.report)
-		files = append(files, uintptr(s.report))
+		defer report.Close()
+		files = append(files[:len(files):len(files)], report)
 		path, argv = ownBinary(), append([]string{launcherName, s.limits.encode(), s.path}, s.argv...)
 	}
 	sys := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 	if s.cred != nil {
 		sys.Credential = &syscall.Credential{Uid: s.cred.Uid, Gid: s.cred.Gid, Groups: s.cred.Groups}
 	}
-	pid, err = syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: s.dir, Env: s.env, Files: files, Sys: sys})
-	runtime.KeepAlive(s)
-	return pid, err
+	return syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: s.dir, Env: s.env, Files: descriptors(files), Sys: sys})
+}
+
+// descriptors gives what a child is to inherit; Fd makes these ends blocking, as programs expect them.
+func descriptors(files []*os.File) (fds []uintptr) {
+	for _, f := range files {
+		fds = append(fds, f.Fd())
+	}
+	return fds
 }
 
 // confirm waits until the launcher has become the command, or gives the error that kept it from that.
@@ -342,33 +342,22 @@ func opensAtOnce(path string) bool {
 	return string(magic[:n]) == "\x7fELF"
 }
 
-// outputPipe makes a pipe that the child writes: our end, its descriptor, and the child's. size 0 is the system's (64 KiB).
-func outputPipe(size int) (ours *os.File, fd, childs int, err error) {
-	var p [2]int
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
-		return nil, 0, 0, fmt.Errorf("make a pipe: %w", err)
-	}
-	if size > 0 {
-		unix.FcntlInt(uintptr(p[0]), unix.F_SETPIPE_SZ, size) // best effort: the user's quota may be used up
-	}
-	unix.SetNonblock(p[0], true)
-	return os.NewFile(uintptr(p[0]), "output"), p[0], p[1], nil
-}
-
-// inputPipe makes a pipe that the child reads.
-func inputPipe() (childs int, ours *os.File, err error) {
-	var p [2]int
-	if err := unix.Pipe2(p[:], unix.O_CLOEXEC); err != nil {
-		return 0, nil, fmt.Errorf("make a pipe: %w", err)
-	}
-	unix.SetNonblock(p[1], true)
-	return p[0], os.NewFile(uintptr(p[1]), "input"), nil
+// enlargePipe is best effort: the user's quota of pipe memory may be used up (pipe(7)).
+func enlargePipe(f *os.File, size int) {
+	onDescriptor(f, func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, size) })
 }
 
 // pendingBytes says how much waits in a pipe (FIONREAD, alias TIOCINQ).
-func pendingBytes(fd int) int {
-	n, _ := unix.IoctlGetInt(fd, unix.TIOCINQ)
+func pendingBytes(f *os.File) (n int) {
+	onDescriptor(f, func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
 	return n
+}
+
+// onDescriptor leaves the file as it is, where Fd would make it blocking and its deadlines void.
+func onDescriptor(f *os.File, do func(fd uintptr)) {
+	if c, err := f.SyscallConn(); err == nil {
+		c.Control(do)
+	}
 }
 
 // waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own.

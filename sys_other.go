@@ -32,10 +32,8 @@ func prepareSpawner(noNewPrivs bool) *childList { return nil }
 func launchIfAsked()                            {}
 func ownBinary() string                         { path, _ := os.Executable(); return path }
 func opensAtOnce(string) bool                   { return true }
-func pendingBytes(fd int) int {
-	n, _ := unix.IoctlGetInt(fd, 0x4004667f /* FIONREAD, <sys/filio.h> */)
-	return n
-}
+func enlargePipe(*os.File, int)                 {}
+func pendingBytes(*os.File) int                 { return 0 } // every piece of a stream is flushed
 
 type childList struct{}
 
@@ -45,7 +43,7 @@ func (l *childList) pids() []int   { return nil }
 type startSpec struct {
 	path, dir string
 	argv, env []string
-	files     []int
+	files     []*os.File
 	cred      *credential
 	limited   bool
 }
@@ -58,46 +56,14 @@ func (s *startSpec) start() (int, error) {
 		return 0, errors.New("exec.limits need Linux: set them to 0")
 	}
 	var files []uintptr
-	for _, fd := range s.files {
-		files = append(files, uintptr(fd))
+	for _, f := range s.files {
+		files = append(files, f.Fd())
 	}
 	sys := &syscall.SysProcAttr{Setsid: true}
 	if s.cred != nil {
 		sys.Credential = &syscall.Credential{Uid: s.cred.Uid, Gid: s.cred.Gid, Groups: s.cred.Groups}
 	}
 	return syscall.ForkExec(s.path, s.argv, &syscall.ProcAttr{Dir: s.dir, Env: s.env, Files: files, Sys: sys})
-}
-
-// outputPipe makes a pipe that the child writes: our end, its descriptor, and the child's.
-func outputPipe(int) (ours *os.File, fd, childs int, err error) {
-	r, w, err := cloexecPipe()
-	if err != nil {
-		return nil, 0, 0, err
-	}
-	syscall.SetNonblock(r, true)
-	return os.NewFile(uintptr(r), "output"), r, w, nil
-}
-
-// inputPipe makes a pipe that the child reads.
-func inputPipe() (childs int, ours *os.File, err error) {
-	r, w, err := cloexecPipe()
-	if err != nil {
-		return 0, nil, err
-	}
-	syscall.SetNonblock(w, true)
-	return r, os.NewFile(uintptr(w), "input"), nil
-}
-
-func cloexecPipe() (r, w int, err error) {
-	syscall.ForkLock.RLock() // no child between pipe and its flag: there is no pipe2(2) here
-	defer syscall.ForkLock.RUnlock()
-	var p [2]int
-	if err := syscall.Pipe(p[:]); err != nil {
-		return 0, 0, fmt.Errorf("make a pipe: %w", err)
-	}
-	syscall.CloseOnExec(p[0])
-	syscall.CloseOnExec(p[1])
-	return p[0], p[1], nil
 }
 
 // waitExit returns when the child is dead, and leaves it unreaped (waitid(2): P_PID, WEXITED|WNOWAIT).
