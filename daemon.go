@@ -164,26 +164,33 @@ func takeHandover() (h handover, err error) {
 // shedKey replaces this process by itself without the key in its environment, which /proc/PID/environ shows for as long as
 // a process lives; the key comes back by a pipe. It returns only if that fails.
 func (h handover) shedKey(key *apiKey) error {
-	if len(key.text) > maxHandedKey {
-		return fmt.Errorf("API_KEY in the environment is longer than %d bytes: take a shorter one", maxHandedKey)
-	}
-	var pipe [2]int // not closed on exec
-	if err := syscall.Pipe(pipe[:]); err != nil {
+	r, err := keyPipe(key.text)
+	if err != nil {
 		return err
 	}
-	if _, err := syscall.Write(pipe[1], []byte(key.text)); err != nil {
-		return err
-	}
-	syscall.Close(pipe[1])
-	ready := -1
+	kept, ready := []*os.File{r}, -1
 	if h.ready != nil {
-		ready = int(h.ready.Fd())
+		kept, ready = append(kept, h.ready), int(h.ready.Fd())
 	}
 	self, err := os.Executable()
-	if err == nil {
-		err = syscall.Exec(self, os.Args, append(environWithoutKey(), fmt.Sprintf("%s=%d,%d", handoverVar, ready, pipe[0])))
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("start %q again without API_KEY in its environment: %w", self, err)
+	env := append(environWithoutKey(), fmt.Sprintf("%s=%d,%d", handoverVar, ready, r.Fd()))
+	return fmt.Errorf("start %q again without API_KEY in its environment: %w", self, execKeeping(self, os.Args, env, kept))
+}
+
+// keyPipe holds the key for one reader.
+func keyPipe(text string) (*os.File, error) {
+	if len(text) > maxHandedKey {
+		return nil, fmt.Errorf("API_KEY in the environment is longer than %d bytes: take a shorter one", maxHandedKey)
+	}
+	r, w, err := os.Pipe()
+	if err != nil {
+		return nil, err
+	}
+	_, err = w.WriteString(text)
+	return r, errors.Join(err, w.Close())
 }
 
 // readiness is one line from a starting server to the process that waits for it.
@@ -240,17 +247,23 @@ func startBackground(p paths, args []string) (serverInfo, error) {
 	return awaitServer(child, ours, p)
 }
 
-// detach starts the server in a session of its own, where no terminal's end or Ctrl-C reaches it. An API_KEY in the
-// environment goes with it: the server sheds it first of all.
+// detach starts the server in a session of its own, where no terminal's end or Ctrl-C reaches it. A key in the environment
+// goes by a pipe.
 func detach(args []string, files []*os.File) (*os.Process, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
 	}
-	os.Setenv(handoverVar, fmt.Sprintf("%d,-1", firstHanded))
-	defer os.Unsetenv(handoverVar)
-	return os.StartProcess(self, append([]string{os.Args[0], "start", "-f"}, args...),
-		&os.ProcAttr{Files: files, Sys: &syscall.SysProcAttr{Setsid: true}})
+	key, err := keyPipe(takeEnv("API_KEY"))
+	if err != nil {
+		return nil, err
+	}
+	defer key.Close()
+	return os.StartProcess(self, append([]string{os.Args[0], "start", "-f"}, args...), &os.ProcAttr{
+		Env:   append(environWithoutKey(), fmt.Sprintf("%s=%d,%d", handoverVar, firstHanded, firstHanded+1)),
+		Files: append(files, key),
+		Sys:   &syscall.SysProcAttr{Setsid: true},
+	})
 }
 
 // awaitServer returns when the server has answered, or failed and ended.

@@ -420,6 +420,16 @@ func (h processHandle) wait(patience time.Duration) (bool, error) {
 
 func (h processHandle) close() { unix.Close(h.fd) }
 
+// execKeeping becomes another program (execve(2)) that has these files open, too, beside the standard ones; it returns only if it fails.
+func execKeeping(path string, argv, env []string, files []*os.File) error {
+	for _, f := range files {
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
+			return err
+		}
+	}
+	return syscall.Exec(path, argv, env)
+}
+
 // hideProcess keeps other processes of the same user out of this one's memory, environment and descriptors (PR_SET_DUMPABLE(2const)).
 func hideProcess() error {
 	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {

@@ -125,5 +125,15 @@ func (h processHandle) wait(patience time.Duration) (bool, error) {
 
 func (h processHandle) close() {}
 
+// execKeeping becomes another program (execve(2)) that has these files open, too, beside the standard ones; it returns only if it fails.
+func execKeeping(path string, argv, env []string, files []*os.File) error {
+	for _, f := range files {
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
+			return err
+		}
+	}
+	return syscall.Exec(path, argv, env)
+}
+
 // hideProcess does nothing: there is no such switch, and another process of the same user is not kept out here.
 func hideProcess() error { return nil }
