@@ -118,6 +118,13 @@ func environWithoutKey() []string {
 	return slices.DeleteFunc(os.Environ(), func(kv string) bool { return strings.HasPrefix(kv, "API_KEY=") })
 }
 
+// takeEnv reads a variable and removes it, so that no other process gets it.
+func takeEnv(name string) string {
+	value := os.Getenv(name)
+	os.Unsetenv(name)
+	return value
+}
+
 func loadStartup(p paths, f startupFlags) (startup, error) {
 	if err := checkTrustedDir(p.dir); err != nil {
 		return startup{}, err

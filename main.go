@@ -3,6 +3,239 @@
 // It must not hold logic that another room could: it reads straight down.
 package main
 
-const version = "v0.1.0"
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"maps"
+	"net/netip"
+	"os"
+	"os/signal"
+	"slices"
+	"syscall"
+	"time"
+)
 
-func main() {}
+const (
+	version   = "v0.1.0"
+	watchTime = 10 * time.Second // between two looks for changes that need a restart
+)
+
+func main() {
+	if launched() { // to become a command with limits, and could not
+		os.Exit(126)
+	}
+	os.Exit(cli(os.Args[1:]))
+}
+
+// serveOptions are what `start -f` was given.
+type serveOptions struct {
+	startupFlags
+	log *log.Logger
+}
+
+// serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
+func serve(o serveOptions) (err error) {
+	hand, err := takeHandover()
+	defer func() {
+		if err != nil { // not in a panic, which says nothing and is the log's
+			hand.report(serverInfo{}, err)
+		}
+	}()
+	if err != nil {
+		return err
+	}
+	if err := hideProcess(); err != nil {
+		return err
+	}
+	p, err := configPaths()
+	if err != nil {
+		return err
+	}
+	o.key = hand.key
+	start, err := loadStartup(p, o.startupFlags)
+	if err != nil {
+		return err
+	}
+	if start.keyInEnv {
+		return hand.shedKey(start.key)
+	}
+	ctx, stop := untilSignal(hand.ready != nil)
+	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
+	return serveUntil(ctx, p, start, &hand, o.log)
+}
+
+// serveUntil holds the directory, loads, listens, and answers until ctx ends.
+func serveUntil(ctx context.Context, p paths, start startup, hand *handover, logger *log.Logger) error {
+	lock, err := holdPidFile(p)
+	if errors.Is(err, errNoPidFile) {
+		logger.Printf("warning: %v", err)
+	} else if err != nil {
+		return err
+	}
+	defer lock.release()
+	s, err := assemble(p, start, logger)
+	if err != nil {
+		return err
+	}
+	defer s.audit.close()
+	l, err := listen(start.host, start.port)
+	if err != nil {
+		return err
+	}
+	defer l.Close()
+	s.address = l.Addr().String()
+	if s.runner, err = newRunner(p.dir); err != nil {
+		return err
+	}
+	leftovers := 0
+	if lock != nil { // else they may be the commands of a server that runs
+		leftovers = s.runner.endLeftovers()
+	}
+	onDisk, err := restartState(p)
+	if err != nil {
+		return err
+	}
+	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
+	if err := errors.Join(lock.publish(info), s.logStart(leftovers)); err != nil {
+		return err
+	}
+	hand.report(info, nil)
+	tick := time.NewTicker(watchTime)
+	defer tick.Stop()
+	go watchRestart(ctx, tick.C, p, onDisk, logger)
+	err = s.serve(ctx, l)
+	return errors.Join(err, s.logStop(cmp.Or(context.Cause(ctx), err)))
+}
+
+// untilSignal is a context that ends with SIGTERM or SIGINT, and in the foreground with the terminal. A background server
+// has no use for SIGHUP, nobody has for SIGPIPE: they are caught and dropped, for ignored ones would be so in every command.
+func untilSignal(background bool) (context.Context, context.CancelFunc) {
+	ends, dropped := []os.Signal{syscall.SIGTERM, syscall.SIGINT}, []os.Signal{syscall.SIGPIPE}
+	if background {
+		dropped = append(dropped, syscall.SIGHUP)
+	} else {
+		ends = append(ends, syscall.SIGHUP)
+	}
+	signal.Notify(make(chan os.Signal, 1), dropped...)
+	return signal.NotifyContext(context.Background(), ends...)
+}
+
+// assemble loads all that a server needs before it listens.
+func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
+	plain, err := loadSettings(p)
+	if err != nil {
+		return nil, err
+	}
+	plugins, problems := loadPlugins(p, plain)
+	var rules []ruleSet
+	for _, pl := range plugins {
+		rules = append(rules, pl.Rules)
+	}
+	for _, problem := range problems {
+		if !problem.Warning {
+			err = errors.Join(err, fmt.Errorf("plugin %q: %s: %s", problem.Plugin, problem.File, problem.Message))
+		}
+	}
+	if err != nil {
+		return nil, err
+	}
+	store, err := openStore(p, rules)
+	if err != nil {
+		return nil, err
+	}
+	audit, err := openAudit(cmp.Or(plain.AuditFile, p.audit), plain.AuditEnabled, start.key)
+	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger}, err
+}
+
+// logStart records and logs the start.
+func (s *server) logStart(leftovers int) error {
+	record := auditRecord{Event: "server_start"}
+	if leftovers > 0 {
+		record.Reason = fmt.Sprintf("ended %d processes that a crashed server left", leftovers)
+		s.log.Print(record.Reason)
+	}
+	if err := s.audit.append(record); err != nil {
+		return err
+	}
+	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, s.address, os.Getpid(), s.audit.head())
+	if !s.start.enabled {
+		s.log.Print("AGENT_EXEC_ENABLED is not true: everything but /ping answers 503")
+	}
+	snap, _, err := s.store.current()
+	if err == nil {
+		for _, warning := range startWarnings(s.address, snap) {
+			s.log.Print("warning: ", warning)
+		}
+	}
+	return err
+}
+
+// logStop records and logs the stop.
+func (s *server) logStop(why error) error {
+	err := s.audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)})
+	s.log.Printf("stopped (%v), audit head %s", why, s.audit.head())
+	return err
+}
+
+// startWarnings names what makes this server more dangerous than it need be; for the log and for status.
+func startWarnings(address string, snap *snapshot) (warnings []string) {
+	if os.Geteuid() == 0 && snap.cred == nil {
+		warnings = append(warnings, "it runs as root, and so does every command: set exec.user to an unprivileged user")
+	}
+	if a, err := netip.ParseAddrPort(address); err == nil && !a.Addr().Unmap().IsLoopback() {
+		warnings = append(warnings, fmt.Sprintf("it listens on %s in plain HTTP, beyond this machine: put TLS, a VPN or a firewall in front", address))
+	}
+	for _, r := range snap.policy.rules() {
+		if why := broad(r.Rule); r.List == "allow" && why != "" {
+			warnings = append(warnings, fmt.Sprintf("the allow rule %q (%s) is broad: %s", r.Rule, r.Source, why))
+		}
+	}
+	return warnings
+}
+
+// restartState is everything on disk that only a restart brings into force, by name.
+func restartState(p paths) (map[string]string, error) {
+	state, err := restartValues(p)
+	if err == nil {
+		maps.Copy(state, pluginFingerprints(p))
+	}
+	return state, err
+}
+
+// watchRestart logs, once, each value on disk that has come to differ from the one in force.
+func watchRestart(ctx context.Context, tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
+	for seen := maps.Clone(inForce); ; {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick:
+		}
+		onDisk, err := restartState(p)
+		if err != nil {
+			continue // an unusable settings.json is reported where it is read
+		}
+		for _, name := range changedNames(seen, onDisk) {
+			if onDisk[name] != inForce[name] {
+				logger.Printf("%q has changed on disk: it takes effect with aexec restart", name)
+			}
+		}
+		seen = onDisk
+	}
+}
+
+// changedNames lists, sorted, the names whose values differ, those that only one side has included.
+func changedNames(a, b map[string]string) (names []string) {
+	all := maps.Clone(a)
+	maps.Copy(all, b)
+	for name := range all {
+		if a[name] != b[name] {
+			names = append(names, name)
+		}
+	}
+	slices.Sort(names)
+	return names
+}

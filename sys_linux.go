@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -374,4 +375,66 @@ func signalName(s syscall.Signal) string {
 // statChangeTime is the ctime: it moves with every change of content, mode or owner, and no program can set it back.
 func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 	return int64(st.Ctim.Sec), int64(st.Ctim.Nsec)
+}
+
+// ---- daemon.go's: the pid file's lock, pidfds, and the server's own secrecy
+
+// lockFile takes the write lock on a whole file (fcntl(2), F_SETLK); false if another process has one. It lasts until this
+// process ends, through exec too, or closes any descriptor of that file, even another one than f.
+func lockFile(f *os.File) (bool, error) {
+	err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
+	if err == unix.EAGAIN || err == unix.EACCES {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// lockHolder asks the kernel who has a lock on the file (F_GETLK). The pid is 0 or less where it cannot be seen from here.
+func lockHolder(f *os.File) (pid int, held bool, err error) {
+	l := unix.Flock_t{Type: unix.F_WRLCK}
+	err = unix.FcntlFlock(f.Fd(), unix.F_GETLK, &l)
+	return int(l.Pid), err == nil && l.Type != unix.F_UNLCK, err
+}
+
+// processHandle is a pidfd: it means one process even when that has ended and its number was given away (pidfd_open(2)).
+type processHandle struct{ fd int }
+
+// openProcess gives syscall.ESRCH if there is no such process.
+func openProcess(pid int) (processHandle, error) {
+	fd, err := unix.PidfdOpen(pid, 0)
+	return processHandle{fd}, err
+}
+
+func (h processHandle) signal(s syscall.Signal) error {
+	return unix.PidfdSendSignal(h.fd, s, nil, 0)
+}
+
+// wait returns true as soon as the process is dead, reaped or not (poll(2) finds a pidfd readable then).
+func (h processHandle) wait(patience time.Duration) (bool, error) {
+	for deadline := time.Now().Add(patience); ; {
+		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(h.fd), Events: unix.POLLIN}}, max(0, int(time.Until(deadline).Milliseconds())))
+		if err != unix.EINTR {
+			return ready > 0, err
+		}
+	}
+}
+
+func (h processHandle) close() { unix.Close(h.fd) }
+
+// execKeeping becomes another program (execve(2)) that has these files open, too, beside the standard ones; it returns only if it fails.
+func execKeeping(path string, argv, env []string, files []*os.File) error {
+	for _, f := range files {
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
+			return err
+		}
+	}
+	return syscall.Exec(path, argv, env)
+}
+
+// hideProcess keeps other processes of the same user out of this one's memory, environment and descriptors (PR_SET_DUMPABLE(2const)).
+func hideProcess() error {
+	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
+		return fmt.Errorf("hide from other processes: %w", err)
+	}
+	return nil
 }

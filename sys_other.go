@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"os"
 	"syscall"
+	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -82,3 +83,57 @@ func signalName(s syscall.Signal) string { return cmp.Or(unix.SignalName(s), fmt
 func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 	return st.Ctimespec.Sec, st.Ctimespec.Nsec
 }
+
+// ---- daemon.go's
+
+// lockFile: as on Linux.
+func lockFile(f *os.File) (bool, error) {
+	err := syscall.FcntlFlock(f.Fd(), syscall.F_SETLK, &syscall.Flock_t{Type: syscall.F_WRLCK})
+	if err == syscall.EAGAIN || err == syscall.EACCES {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// lockHolder: as on Linux.
+func lockHolder(f *os.File) (pid int, held bool, err error) {
+	l := syscall.Flock_t{Type: syscall.F_WRLCK}
+	err = syscall.FcntlFlock(f.Fd(), syscall.F_GETLK, &l)
+	return int(l.Pid), err == nil && l.Type != syscall.F_UNLCK, err
+}
+
+// processHandle is a mere number here: it may come to mean another process between two calls.
+type processHandle struct{ pid int }
+
+func openProcess(pid int) (processHandle, error) {
+	if pid <= 1 {
+		return processHandle{}, syscall.EINVAL
+	}
+	return processHandle{pid}, syscall.Kill(pid, 0)
+}
+
+func (h processHandle) signal(s syscall.Signal) error { return syscall.Kill(h.pid, s) }
+
+func (h processHandle) wait(patience time.Duration) (bool, error) {
+	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
+		if syscall.Kill(h.pid, 0) == syscall.ESRCH {
+			return true, nil
+		}
+	}
+	return false, nil
+}
+
+func (h processHandle) close() {}
+
+// execKeeping becomes another program (execve(2)) that has these files open, too, beside the standard ones; it returns only if it fails.
+func execKeeping(path string, argv, env []string, files []*os.File) error {
+	for _, f := range files {
+		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
+			return err
+		}
+	}
+	return syscall.Exec(path, argv, env)
+}
+
+// hideProcess does nothing: there is no such switch, and another process of the same user is not kept out here.
+func hideProcess() error { return nil }
