@@ -1,10 +1,6 @@
 // This file is the command line: all commands with their flags and help, and the way in and out.
 // It may read from and write to the terminal, and it alone.
 // It must not do a command's work: that is in commands.go, which is handed a terminal and asks the other rooms.
-//
-// Rules for what is said: lower case, no full stop; an error says what happened, to which file or address, and on a
-// line of its own ("hint: …") what to type next; foreign text (argv, names, paths, descriptions) only with %q. Answers go
-// to standard output, errors, warnings and questions to standard error. share alone prints the key. No colours, ever.
 package main
 
 import (
@@ -15,28 +11,47 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
+	"net/netip"
 	"os"
+	"regexp"
 	"strconv"
 	"strings"
 	"text/tabwriter"
 	"unicode/utf16"
 )
 
+// Rules for what is said: lower case, no full stop; an error says what happened, to which file or address, and on a
+// line of its own ("hint: …") what to type next; foreign text (argv, names, paths, descriptions) only with %q. Answers go
+// to standard output, errors, warnings and questions to standard error. share alone prints the key. No colours, ever.
+
 // cliFlag is one flag; without a value's name it is a switch.
 type cliFlag struct{ name, value, usage string }
+
+// need is what must be right about settings.json for a command to work at all.
+type need int
+
+const (
+	nothing     need = iota
+	theSettings      // they can be read
+	thePolicy        // and are in force, rules and tests included
+)
+
+const (
+	manyArgs    = 1 << 20 // no limit to arguments
+	maxHostName = 253     // characters, RFC 1035
+)
 
 // cliCommand is one command. Flags stand before, between or after the arguments, up to "--".
 type cliCommand struct {
 	name, args, summary string
 	flags               []cliFlag
 	least, most         int  // arguments
-	valid               bool // settings.json must be valid for it to work at all
+	needs               need // of settings.json
 	reads               bool // only shows things: works beneath a server's own command too
 	wraps               bool // from the first argument on everything is a command, flags included
 	run                 func(t *terminal) error
 }
-
-const manyArgs = 1 << 20
 
 // cliCommands is the whole surface, in the order of `aexec help`.
 func cliCommands() []cliCommand {
@@ -64,10 +79,10 @@ func cliCommands() []cliCommand {
 			{"all", "", "for each address of this machine"}, {"safe", "", "add security notes for the agent"},
 			{"check", "", "try the address, instead of printing the prompt"}, {"show-key", "", "show the key on a terminal without asking"}}},
 		{name: "key rotate", summary: "put a new API key into .env", run: cliKeyRotate, flags: []cliFlag{{"restart", "", "restart the server too: until then it wants the old key"}}},
-		{name: "acl list", summary: "show the rules in force, in the order in which they are tried", valid: true, reads: true, run: cliACLList, flags: []cliFlag{asJSON}},
+		{name: "acl list", summary: "show the rules in force, in the order in which they are tried", needs: thePolicy, reads: true, run: cliACLList, flags: []cliFlag{asJSON}},
 		{name: "acl check", args: "-- CMD [ARG…]", summary: "tell which rule decides a command (exit 0 allowed, 1 refused); nothing runs", least: 1, most: manyArgs,
-			valid: true, reads: true, wraps: true, run: cliACLCheck, flags: []cliFlag{asJSON}},
-		{name: "acl doctor", summary: "show what is risky about the rules", valid: true, run: cliACLDoctor, flags: []cliFlag{strict, asJSON}},
+			needs: thePolicy, reads: true, wraps: true, run: cliACLCheck, flags: []cliFlag{asJSON}},
+		{name: "acl doctor", summary: "show what is risky about the rules", needs: thePolicy, run: cliACLDoctor, flags: []cliFlag{strict, asJSON}},
 		{name: "acl add", args: "RULE", summary: `add a rule; one that begins with [" is a JSON array: '["git","log","..."]'`, least: 1, most: 1, run: cliACLEdit(false),
 			flags: []cliFlag{{"force", "", "even if the rule is broad"}, deny}},
 		{name: "acl remove", args: "RULE", summary: "remove a rule, written as in the file", least: 1, most: 1, run: cliACLEdit(true), flags: []cliFlag{deny}},
@@ -75,15 +90,15 @@ func cliCommands() []cliCommand {
 			flags: []cliFlag{{"n", "N", "show N records, not " + strconv.Itoa(auditShown)}, {"f", "", "go on with what is added"}, {"json", "", "print the lines of the file"}}},
 		{name: "audit verify", args: "[FILE]", summary: "check the chain of the audit log", most: 1, reads: true, run: cliAuditVerify,
 			flags: []cliFlag{{"head", "SEQ:DIGEST", "a head noted earlier, which must still be in the chain"}}},
-		{name: "plugin list", summary: "show the plugins", reads: true, run: cliPluginList, flags: []cliFlag{asJSON}},
-		{name: "plugin create", summary: "make a plugin for a command, from what it says about itself", valid: true, run: cliPluginCreate, flags: []cliFlag{name,
+		{name: "plugin list", summary: "show the plugins", needs: theSettings, reads: true, run: cliPluginList, flags: []cliFlag{asJSON}},
+		{name: "plugin create", summary: "make a plugin for a command, from what it says about itself", needs: thePolicy, run: cliPluginCreate, flags: []cliFlag{name,
 			{"command", "C", "the program that the plugin is about"}, {"type", "T", "skill (the default), exec or trusted"}, {"force", "", "replace a plugin of that name"}, silent, quiet}},
-		{name: "plugin enable", summary: "enable a plugin, from the next start on", run: cliPluginEdit("enabled, from the next start on", enablePlugin), flags: []cliFlag{name}},
-		{name: "plugin disable", summary: "disable a plugin, at once", run: cliPluginEdit("disabled, at once; a restart unloads it for good",
+		{name: "plugin enable", summary: "enable a plugin, from the next start on", needs: theSettings, run: cliPluginEdit("enabled, from the next start on", enablePlugin), flags: []cliFlag{name}},
+		{name: "plugin disable", summary: "disable a plugin, at once", needs: theSettings, run: cliPluginEdit("disabled, at once; a restart unloads it for good",
 			func(p paths, _ *settings, name string) error { return disablePlugin(p, name) }), flags: []cliFlag{name}},
-		{name: "plugin remove", summary: "delete a plugin's directory", run: cliPluginEdit("removed; a restart unloads it for good", removePlugin), flags: []cliFlag{name}},
-		{name: "plugin doctor", summary: "show what is wrong with the plugins (exit 1 for errors)", run: cliPluginDoctor, flags: []cliFlag{strict, asJSON}},
-		{name: "starterkit", args: "[NAME…]", summary: "make a plugin for each AI tool that is installed, or for the programs NAME", most: manyArgs, valid: true, run: cliStarterKit,
+		{name: "plugin remove", summary: "delete a plugin's directory", needs: theSettings, run: cliPluginEdit("removed; a restart unloads it for good", removePlugin), flags: []cliFlag{name}},
+		{name: "plugin doctor", summary: "show what is wrong with the plugins (exit 1 for errors)", needs: theSettings, run: cliPluginDoctor, flags: []cliFlag{strict, asJSON}},
+		{name: "starterkit", args: "[NAME…]", summary: "make a plugin for each AI tool that is installed, or for the programs NAME", most: manyArgs, needs: thePolicy, run: cliStarterKit,
 			flags: []cliFlag{{"force", "", "replace plugins that are there"}, silent, quiet}},
 		{name: "version", summary: "print the version, as --version and -v do", reads: true, run: cliVersion},
 		{name: "help", args: "[COMMAND]", summary: "explain a command, as --help after it does", most: 2, reads: true, run: cliHelp},
@@ -97,6 +112,7 @@ type terminal struct {
 	in              io.Reader
 	out, err        io.Writer
 	inTerm, outTerm bool // somebody sits there
+	beneath         bool // this is a command of an aexec server
 	flags           *flag.FlagSet
 	args            []string
 	*state
@@ -113,7 +129,7 @@ func (e exitStatus) Error() string { return "exit status " + strconv.Itoa(int(e)
 
 // cli runs one command line, without the program's name, and gives the exit code.
 func cli(args []string) int {
-	t := &terminal{in: os.Stdin, out: escapeWriter{os.Stdout}, err: escapeWriter{os.Stderr}, inTerm: isTerminal(os.Stdin), outTerm: isTerminal(os.Stdout)}
+	t := &terminal{in: os.Stdin, out: escapeWriter{os.Stdout}, err: escapeWriter{os.Stderr}, inTerm: isTerminal(os.Stdin), outTerm: isTerminal(os.Stdout), beneath: beneathServer()}
 	return t.main(args)
 }
 
@@ -183,14 +199,14 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 		return usageError("something is missing")
 	case len(t.args) > c.most:
 		return usageError(fmt.Sprintf("unexpected argument %q", t.args[c.most]))
-	case !c.reads && beneathServer():
+	case !c.reads && t.beneath:
 		return fmt.Errorf("%s does not work in a command of an aexec server, which does not administer itself\nhint: the operator can run it from a shell", c.name)
 	}
-	if t.state, err = survey(); err == nil && c.valid {
-		err = t.settingsErr
-	}
-	if err != nil {
+	if t.state, err = survey(); err != nil {
 		return err
+	}
+	if c.needs == thePolicy && t.snap == nil || c.needs == theSettings && t.settings == nil {
+		return t.settingsErr
 	}
 	return c.run(t)
 }
@@ -363,6 +379,30 @@ func quoteRule(r ruleSpec) string {
 	return "[" + quoteWords(r.Argv, ",") + "]"
 }
 
+// quotedText is foreign text: quoted for people, as it is for programs.
+type quotedText string
+
+func (q quotedText) String() string { return strconv.Quote(string(q)) }
+
+// fact is one line of status, or one for each text of a list.
+type fact struct {
+	name  string
+	value any
+}
+
+func (f fact) print(w io.Writer) {
+	texts, isList := f.value.([]string)
+	if yes, ok := f.value.(bool); ok {
+		texts = []string{pick(yes, "yes", "no")}
+	} else if !isList {
+		texts = []string{cmp.Or(fmt.Sprint(f.value), "none")}
+	}
+	label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(f.name, " $0"))
+	for _, text := range texts {
+		fmt.Fprintf(w, "%s\t%s\n", label, strings.ReplaceAll(text, "\n", "; "))
+	}
+}
+
 // ---- what there is
 
 // state is the configuration as it lies on disk, what is wrong with it, and what runs.
@@ -426,6 +466,11 @@ func (s *state) changed(info serverInfo) []string {
 	return changedNames(info.Restart, onDisk)
 }
 
+// address is where the server listens, or would.
+func (s *state) address(info serverInfo) string {
+	return cmp.Or(info.Address, net.JoinHostPort(s.start.host, strconv.Itoa(s.start.port)))
+}
+
 func (s *state) warnings(address string) []string {
 	if s.snap == nil {
 		return nil
@@ -442,4 +487,55 @@ func (s *state) auditFile() string {
 
 func problemText(p pluginProblem) string {
 	return fmt.Sprintf("%s in plugin %q: %q: %s", pick(p.Warning, "warning", "error"), p.Plugin, p.File, p.Message)
+}
+
+// ---- addresses
+
+// shareHosts is the hosts of the URLs to print. machine-wide addresses of IPv6 that mean nothing without a zone are left out.
+func shareHosts(bound, ip string, local, all bool) (hosts []string, err error) {
+	switch {
+	case ip != "":
+		host, err := cleanHost(ip)
+		return []string{host}, err
+	case all:
+		addresses, err := net.InterfaceAddrs()
+		for _, a := range addresses {
+			if n, ok := a.(*net.IPNet); ok && (n.IP.To4() != nil || !n.IP.IsLinkLocalUnicast()) {
+				hosts = append(hosts, n.IP.String())
+			}
+		}
+		return hosts, err
+	case local && bound != "::1":
+		bound = "127.0.0.1"
+	}
+	host, _, err := net.SplitHostPort(reachable(net.JoinHostPort(bound, "0")))
+	return []string{host}, err
+}
+
+// reachable is where this machine reaches what listens on an address.
+func reachable(address string) string {
+	host, port, _ := net.SplitHostPort(address)
+	if a, err := netip.ParseAddr(host); host == "" || err == nil && a.IsUnspecified() {
+		host = "127.0.0.1"
+	}
+	return net.JoinHostPort(host, port)
+}
+
+func isLoopback(host string) bool {
+	a, err := netip.ParseAddr(host)
+	return err == nil && a.Unmap().IsLoopback() || host == "localhost"
+}
+
+// cleanHost accepts an address, IPv6 with or without brackets, or a host name (RFC 1123; its last label begins with a
+// letter, or 10.0.0.256 would be a name), and nothing else: the text goes into a URL.
+func cleanHost(text string) (string, error) {
+	bare := strings.TrimSuffix(strings.TrimPrefix(text, "["), "]")
+	if a, err := netip.ParseAddr(bare); err == nil && a.Zone() == "" && !a.IsUnspecified() && (bare == text || "["+bare+"]" == text && a.Is6()) {
+		return a.String(), nil
+	}
+	name := regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
+	if len(text) <= maxHostName && name.MatchString(text) {
+		return text, nil
+	}
+	return "", usageError(fmt.Sprintf("%q is no address or name of a host (which has no http://, no port, no zone)", text))
 }

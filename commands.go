@@ -10,11 +10,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log"
 	"net"
 	"net/http"
-	"net/netip"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,11 +21,10 @@ import (
 )
 
 const (
-	stopWait    = 30 * time.Second // killGraceMs of the running commands, and some
-	killWait    = 5 * time.Second  // after SIGKILL only the kernel can delay a process
-	auditShown  = 20               // records that `aexec audit` shows
-	maxPort     = 65535
-	maxHostName = 253 // characters, RFC 1035
+	stopWait   = 30 * time.Second // beyond killGraceMs of the commands that run
+	killWait   = 5 * time.Second  // after SIGKILL only the kernel can delay a process
+	auditShown = 20               // records that `aexec audit` shows
+	maxPort    = 65535
 )
 
 // ---- the server as a process
@@ -83,10 +81,14 @@ func (t *terminal) launch(f startupFlags, args []string, before string) error {
 	for _, w := range t.warnings(info.Address) {
 		t.warn("%s", w)
 	}
-	if before != "" && before != info.Address {
-		t.warn("the address has changed, from %s", before)
-	}
+	t.sayMove(before, info.Address)
 	return t.say("started: http://%s, pid %d", info.Address, info.Pid)
+}
+
+func (t *terminal) sayMove(before, now string) {
+	if before != "" && before != now {
+		t.say("the address changes from http://%s to http://%s", before, now)
+	}
 }
 
 func cliStop(t *terminal) error {
@@ -107,10 +109,17 @@ func cliStop(t *terminal) error {
 }
 
 func (t *terminal) stop() (was bool, err error) {
-	info, was, err := stopServer(t.paths, stopWait)
+	wait := stopWait
+	if t.settings != nil {
+		wait += t.settings.KillGrace
+	}
+	info, was, err := stopServer(t.paths, wait)
 	if err != nil && was && t.on("force") {
 		t.warn("pid %d does not stop, and is killed: %v", info.Pid, err)
-		err = killProcess(process{Pid: info.Pid}, killWait)
+		err = killProcess(process{Pid: info.Pid, holds: func() bool {
+			now, running, err := findServer(t.paths)
+			return err == nil && running && now.Pid == info.Pid
+		}}, killWait)
 	}
 	if err == nil && was {
 		t.say("stopped: pid %d", info.Pid)
@@ -147,18 +156,18 @@ func cliRestart(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	if was, err := t.stop(); err != nil {
-		return err
-	} else if !was {
+	was, err := t.stop()
+	if err == nil && !was {
 		t.warn("no server was running")
 	}
-	if t.on("force") && start.port > 0 {
-		if err := t.freePort(start.port, false); err != nil {
-			return err
-		}
+	if err == nil && t.on("force") && start.port > 0 {
+		err = t.freePort(start.port, false)
 	}
-	if address := net.JoinHostPort(start.host, strconv.Itoa(start.port)); t.on("f") && before.Address != "" && before.Address != address {
-		t.warn("the address changes, from %s to %s", before.Address, address)
+	if err != nil {
+		return err
+	}
+	if t.start = start; t.on("f") {
+		t.sayMove(before.Address, t.address(serverInfo{}))
 	}
 	return t.launch(f, args, before.Address)
 }
@@ -183,30 +192,6 @@ func cliKeyRotate(t *terminal) error {
 
 // ---- what runs, and what is configured
 
-// quotedText is foreign text: quoted for people, as it is for programs.
-type quotedText string
-
-func (q quotedText) String() string { return strconv.Quote(string(q)) }
-
-// fact is one line of status, or one for each text of a list.
-type fact struct {
-	name  string
-	value any
-}
-
-func (f fact) print(w io.Writer) {
-	texts, isList := f.value.([]string)
-	if yes, ok := f.value.(bool); ok {
-		texts = []string{pick(yes, "yes", "no")}
-	} else if !isList {
-		texts = []string{cmp.Or(fmt.Sprint(f.value), "none")}
-	}
-	label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(f.name, " $0"))
-	for _, text := range texts {
-		fmt.Fprintf(w, "%s\t%s\n", label, strings.ReplaceAll(text, "\n", "; "))
-	}
-}
-
 func cliStatus(t *terminal) error {
 	info, running, err := findServer(t.paths)
 	if err != nil {
@@ -216,9 +201,9 @@ func cliStatus(t *terminal) error {
 	if running {
 		code, _, err := probeServer(reachable(info.Address), "/ping", nil)
 		facts = append(facts, fact{"answers", err == nil && code == http.StatusOK}, fact{"pid", info.Pid}, fact{"address", info.Address}, fact{"version", info.Version},
-			fact{"uptime", time.Since(info.Started).Round(time.Second).String()}, fact{"needsRestart", append([]string{}, t.changed(info)...)})
+			fact{"started", info.Started.Format(time.RFC3339)}, fact{"uptime", time.Since(info.Started).Round(time.Second).String()}, fact{"needsRestart", append([]string{}, t.changed(info)...)})
 	}
-	facts = append(facts, t.facts(info.Address)...)
+	facts = append(facts, t.facts(t.address(info))...)
 	object := map[string]any{}
 	for _, f := range facts {
 		object[f.name] = f.value
@@ -250,11 +235,11 @@ func (s *state) facts(address string) []fact {
 	for _, p := range s.problems {
 		problems = append(problems, problemText(p))
 	}
-	return []fact{{"directory", quotedText(s.dir)}, {"enabled", s.start.enabled}, {"apiKey", key}, {"startup", errorText(s.startErr)}, {"settings", errorText(s.settingsErr)},
+	return []fact{{"directory", quotedText(s.dir)}, {"enabled", s.start.enabled}, {"apiKey", key}, {"startup", validOr(s.startErr)}, {"settings", validOr(s.settingsErr)},
 		{"plugins", plugins}, {"pluginProblems", problems}, {"auditHead", head}, {"warnings", append([]string{}, s.warnings(address)...)}}
 }
 
-func errorText(err error) string {
+func validOr(err error) string {
 	if err == nil {
 		return "valid"
 	}
@@ -262,14 +247,15 @@ func errorText(err error) string {
 }
 
 func cliConfig(t *terminal) error {
-	files := configFiles(t.paths)
-	settings := []settingInfo{}
+	p, settings := t.paths, []settingInfo{}
+	p.audit = t.auditFile()
+	files := configFiles(p)
 	if t.settings != nil {
 		settings = t.settings.table()
 	}
 	return errors.Join(t.settingsErr, t.show(map[string]any{"files": files, "settings": settings}, func(w io.Writer) {
 		for _, f := range files {
-			fmt.Fprintf(w, "%q\t%s\t%s\n", f.Path, f.Mode, cmp.Or(f.Problem, "ok"))
+			fmt.Fprintf(w, "%q\t%s\t%s\n", f.Path, cmp.Or(f.Mode, "missing"), f.Problem)
 		}
 		fmt.Fprintln(w)
 		for _, row := range settings {
@@ -294,13 +280,13 @@ func cliShare(t *terminal) error {
 		return usageError("--ip, --local and --all exclude each other")
 	}
 	info, running, err := findServer(t.paths)
+	if err == nil && !running && t.start.port == 0 {
+		err = errors.New("the server is not running, and with PORT 0 its address is not known before\nhint: aexec start")
+	}
 	if err = errors.Join(t.startErr, err); err != nil {
 		return err
 	}
-	bound, port := t.start.host, strconv.Itoa(t.start.port)
-	if running {
-		bound, port, _ = net.SplitHostPort(info.Address)
-	}
+	bound, port, _ := net.SplitHostPort(t.address(info))
 	hosts, err := shareHosts(bound, t.text("ip"), t.on("local"), t.on("all"))
 	if err != nil {
 		return err
@@ -308,7 +294,7 @@ func cliShare(t *terminal) error {
 	if t.on("check") {
 		return t.tryHosts(hosts, port)
 	}
-	t.shareWarnings(info, running, bound, hosts)
+	t.shareWarnings(info, bound, port, hosts)
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")
 	}
@@ -327,9 +313,9 @@ func (t *terminal) prompt(url string, another bool) {
 	fmt.Fprint(t.out, pick(another, "\n", ""), pick(t.outTerm, line, ""), text, pick(t.outTerm, line, ""))
 }
 
-func (t *terminal) shareWarnings(info serverInfo, running bool, bound string, hosts []string) {
+func (t *terminal) shareWarnings(info serverInfo, bound, port string, hosts []string) {
 	switch {
-	case !running:
+	case info.Pid == 0:
 		t.warn("the server is not running; start it with: aexec start")
 	case slices.Contains(t.changed(info), "API_KEY"):
 		t.warn("the running server wants another key than the one in .env, until: aexec restart")
@@ -341,62 +327,13 @@ func (t *terminal) shareWarnings(info serverInfo, running bool, bound string, ho
 		t.warn("nothing is allowed: %v", t.settingsErr)
 	}
 	for _, host := range hosts {
-		if isLoopback(bound) && !isLoopback(host) {
-			t.warn("the server listens on %s only, and is reached by %s through a tunnel or proxy, or after: aexec restart --public", bound, host)
+		if isLoopback(bound) && host != bound {
+			t.warn("the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
 		}
 	}
-	for _, w := range t.warnings(net.JoinHostPort(bound, "0")) {
+	for _, w := range t.warnings(net.JoinHostPort(bound, port)) {
 		t.warn("%s", w)
 	}
-}
-
-// shareHosts is the hosts of the URLs to print. machine-wide addresses of IPv6 that mean nothing without a zone are left out.
-func shareHosts(bound, ip string, local, all bool) (hosts []string, err error) {
-	switch {
-	case ip != "":
-		host, err := cleanHost(ip)
-		return []string{host}, err
-	case all:
-		addresses, err := net.InterfaceAddrs()
-		for _, a := range addresses {
-			if n, ok := a.(*net.IPNet); ok && (n.IP.To4() != nil || !n.IP.IsLinkLocalUnicast()) {
-				hosts = append(hosts, n.IP.String())
-			}
-		}
-		return hosts, err
-	case local && bound != "::1":
-		bound = "127.0.0.1"
-	}
-	host, _, err := net.SplitHostPort(reachable(net.JoinHostPort(bound, "0")))
-	return []string{host}, err
-}
-
-// reachable is where this machine reaches what listens on an address.
-func reachable(address string) string {
-	host, port, _ := net.SplitHostPort(address)
-	if a, err := netip.ParseAddr(host); host == "" || err == nil && a.IsUnspecified() {
-		host = "127.0.0.1"
-	}
-	return net.JoinHostPort(host, port)
-}
-
-func isLoopback(host string) bool {
-	a, err := netip.ParseAddr(host)
-	return err == nil && a.Unmap().IsLoopback() || host == "localhost"
-}
-
-// cleanHost accepts an address, IPv6 with or without brackets, or a host name (RFC 1123; its last label begins with a
-// letter, or 10.0.0.256 would be a name), and nothing else: the text goes into a URL.
-func cleanHost(text string) (string, error) {
-	bare := strings.TrimSuffix(strings.TrimPrefix(text, "["), "]")
-	if a, err := netip.ParseAddr(bare); err == nil && a.Zone() == "" && !a.IsUnspecified() && (bare == text || "["+bare+"]" == text && a.Is6()) {
-		return a.String(), nil
-	}
-	name := regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
-	if len(text) <= maxHostName && name.MatchString(text) {
-		return text, nil
-	}
-	return "", usageError(fmt.Sprintf("%q is no address or name of a host (which has no http://, no port, no zone)", text))
 }
 
 // tryHosts does what an agent would do first. The key goes only to where the guide was found.
@@ -511,6 +448,9 @@ func cliAudit(t *terminal) error {
 	for _, l := range lines {
 		show(l)
 	}
+	if errors.Is(err, fs.ErrNotExist) {
+		err = fmt.Errorf("nothing is recorded yet: %w\nhint: aexec start", err)
+	}
 	return err
 }
 
@@ -565,9 +505,6 @@ func cliAuditVerify(t *terminal) error {
 // ---- plugins
 
 func cliPluginList(t *terminal) error {
-	if t.settings == nil {
-		return t.settingsErr
-	}
 	infos := append([]*pluginInfo{}, surveyPlugins(t.paths, t.settings, true)...)
 	return t.show(infos, func(w io.Writer) {
 		for _, i := range infos {
@@ -591,9 +528,6 @@ func (t *terminal) pluginName() (string, error) {
 func cliPluginEdit(done string, edit func(p paths, s *settings, name string) error) func(t *terminal) error {
 	return func(t *terminal) error {
 		name, err := t.pluginName()
-		if err == nil && t.settings == nil {
-			err = t.settingsErr
-		}
 		if err == nil {
 			err = edit(t.paths, t.settings, name)
 		}
@@ -605,9 +539,6 @@ func cliPluginEdit(done string, edit func(p paths, s *settings, name string) err
 }
 
 func cliPluginDoctor(t *terminal) error {
-	if t.settings == nil {
-		return t.settingsErr
-	}
 	problems := append([]pluginProblem{}, doctorPlugins(t.paths, t.settings)...)
 	bad := slices.ContainsFunc(problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
 	return exitIf(bad, 1, t.show(problems, func(w io.Writer) {
@@ -630,7 +561,7 @@ func cliPluginCreate(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	o := pluginOrder{Name: name, Command: t.text("command"), Type: t.text("type"), Force: t.on("force")}
+	o := pluginOrder{Name: name, Command: t.text("command"), Type: cmp.Or(t.text("type"), "skill"), Force: t.on("force")}
 	made, err := createPlugin(t.paths, t.settings, o, false, toolProbe(context.Background(), r, t.snap))
 	if err != nil {
 		return err
