@@ -25,7 +25,8 @@ var docsCodes = map[string]string{
 	"timeout": "408", "body_too_large": "413", "max_output_exceeded": "413", "unsupported_media_type": "415",
 	"too_many_concurrent_exec": "429", "rate_limited": "429", "internal": "500", "plugin_before_error": "500",
 	"plugin_after_error": "500", "disabled": "503", "settings_invalid": "503", "audit_unavailable": "503",
-	"shutting_down": "503",
+	"shutting_down": "503", "invalid_request": "400", "unexpected_body": "400", "client_gone": "400", "request_timeout": "408",
+	"http_version_not_supported": "505",
 }
 
 func docsRead(t *testing.T, name string) string {
@@ -35,6 +36,13 @@ func docsRead(t *testing.T, name string) string {
 		t.Fatal(err)
 	}
 	return string(b)
+}
+
+func docsWrite(t *testing.T, file, text string, mode os.FileMode) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // docsBlocks gives the fenced blocks of one language.
@@ -114,6 +122,9 @@ func TestSkillsFrontmatter(t *testing.T) {
 	}
 	var names []string
 	for _, dir := range dirs {
+		if !dir.IsDir() {
+			continue // a template, not a document
+		}
 		names = append(names, dir.Name())
 		if why := docsFrontmatterError(docsRead(t, filepath.Join("skills", dir.Name(), "SKILL.md")), dir.Name()); why != "" {
 			t.Errorf("skills/%s: %s", dir.Name(), why)
@@ -265,5 +276,106 @@ func TestReadmeLinks(t *testing.T) {
 	}
 	for _, block := range docsBlocks(doc, "json") {
 		docsJSON(t, "README.md", block)
+	}
+}
+
+// docsRules gives the rules that stand in backquotes in a cell.
+func docsRules(t *testing.T, cell string) []ruleSpec {
+	t.Helper()
+	var rules []ruleSpec
+	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+		var r ruleSpec
+		if json.Unmarshal([]byte(m[1]), &r.Argv) != nil && json.Unmarshal([]byte(m[1]), &r.Text) != nil {
+			t.Errorf("%s is no rule", m[1])
+		}
+		rules = append(rules, r)
+	}
+	return rules
+}
+
+// TestReadmeRules: the rules of the tables compile; those that look narrow and are not are found by `acl doctor`; the one called narrow is not.
+func TestReadmeRules(t *testing.T) {
+	doc := docsRead(t, "README.md")
+	narrow := regexp.MustCompile("(?m)^(`[^`]+`) is narrow").FindStringSubmatch(doc)
+	if narrow == nil {
+		t.Fatal("no rule is called narrow")
+	}
+	for _, table := range []struct {
+		rows  [][]string
+		risky bool
+	}{
+		{docsTable(t, doc, "rule", "kind", "meaning"), false},
+		{docsTable(t, docsRead(t, "skills/acl/SKILL.md"), "rule", "kind", "allows"), false},
+		{docsTable(t, doc, "rule", "what it also allows"), true},
+		{[][]string{narrow[1:]}, false},
+	} {
+		for _, row := range table.rows {
+			for _, r := range docsRules(t, row[0]) {
+				p, err := compilePolicy([]ruleSet{{Source: "settings.json", Allow: []ruleSpec{r}}})
+				if err != nil {
+					t.Error(err)
+				} else if table.risky && len(p.lint()) == 0 {
+					t.Errorf("the doctor finds nothing about %s", r)
+				} else if len(row) == 1 && len(p.lint()) > 0 {
+					t.Errorf("the doctor says of the narrow %s: %v", r, p.lint())
+				}
+			}
+		}
+	}
+}
+
+// TestReadmeSettings: the table has every setting, and says of each truly what its default is and whether it reloads.
+func TestReadmeSettings(t *testing.T) {
+	s, err := parseSettings(paths{settings: "settings.json", audit: "audit.jsonl"}, []byte("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string][]string{}
+	for _, row := range docsTable(t, docsRead(t, "README.md"), "setting", "default", "reloads", "meaning") {
+		documented[strings.Trim(row[0], "`")] = row
+	}
+	for _, info := range s.table() {
+		row := documented[info.Key]
+		delete(documented, info.Key)
+		if row == nil {
+			t.Errorf("%s is missing", info.Key)
+			continue
+		}
+		if (row[2] == "yes") != info.Reloads {
+			t.Errorf("%s: reloads is %q in the table, and %v in fact", info.Key, row[2], info.Reloads)
+		}
+		if value, err := json.Marshal(info.Value); err != nil || strings.Trim(row[1], "`") != string(value) && string(value) != `""` && info.Key != "exec.allow" {
+			t.Errorf("%s: the default is %s in the table, and %s in fact", info.Key, row[1], value)
+		}
+	}
+	for key := range documented {
+		t.Errorf("%s is documented, and there is no such setting", key)
+	}
+}
+
+// TestReadmeSettingsExamples: what is shown as settings.json loads, its own tests included.
+func TestReadmeSettingsExamples(t *testing.T) {
+	loaded := 0
+	for _, block := range docsBlocks(docsRead(t, "README.md"), "json") {
+		if !strings.Contains(block, `"exec"`) {
+			continue
+		}
+		dir := t.TempDir()
+		if err := os.Chmod(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv("AGENT_EXEC_CONFIG_DIR", dir)
+		docsWrite(t, filepath.Join(dir, "settings.json"), block, 0o600)
+		p, err := configPaths()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := openStore(p, nil); err != nil {
+			t.Error(err)
+		}
+		loaded++
+	}
+	if loaded < 2 {
+		t.Errorf("only %d examples found", loaded)
 	}
 }
