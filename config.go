@@ -7,7 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	_ "embed"
+	"embed"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -29,13 +30,19 @@ const (
 	redactedKey    = "[API_KEY]"
 )
 
+//go:embed defaults
+var defaultFiles embed.FS
+
 // What setup writes. The settings are also the defaults, but that without exec.allow nothing is allowed.
-var (
-	//go:embed defaults/settings.json
-	defaultSettings string
-	//go:embed defaults/env
-	defaultEnv string
-)
+var defaultSettings, defaultEnv = defaultFile("settings.json"), defaultFile("env")
+
+func defaultFile(name string) string {
+	data, err := defaultFiles.ReadFile("defaults/" + name)
+	if err != nil {
+		panic(err) // the build would have failed
+	}
+	return string(data)
+}
 
 // apiKey is the shared secret. It prints as [API_KEY] whatever the verb. The pointer is for where fmt may not call methods
 // (an unexported field): there a wrong verb would show a plain struct.
@@ -294,6 +301,38 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 	}
 	slices.Sort(env)
 	return env, pathDirs
+}
+
+// lookupCredential finds a user with its groups; only root can become another.
+func lookupCredential(name string) (*credential, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("only a server started as root can run commands as another user: start it as root, or leave this empty")
+	}
+	u, err := user.Lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	groups, err := u.GroupIds()
+	if err != nil {
+		return nil, err
+	}
+	c := &credential{Name: u.Username, Home: u.HomeDir, Shell: "/bin/sh"}
+	var ids []uint32
+	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
+		id, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("%q has an id that is no number: %w", name, err)
+		}
+		ids = append(ids, uint32(id))
+	}
+	c.Uid, c.Gid, c.Groups = ids[0], ids[1], ids[2:]
+	passwd, err := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
+	for line := range strings.Lines(string(passwd)) {
+		if f := strings.Split(strings.TrimSpace(line), ":"); err == nil && len(f) == 7 && f[0] == c.Name && f[6] != "" {
+			c.Shell = f[6]
+		}
+	}
+	return c, nil
 }
 
 // openTrusted opens for reading: never through a link, never waiting (a FIFO), never taking a terminal.

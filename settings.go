@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/user"
 	"regexp"
 	"slices"
 	"strconv"
@@ -397,38 +396,6 @@ func (s *snapshot) ipAllowed(peer netip.Addr) bool {
 	peer = peer.Unmap().WithZone("")
 	within := func(p netip.Prefix) bool { return p.Contains(peer) }
 	return !slices.ContainsFunc(s.IPDeny, within) && slices.ContainsFunc(s.IPAllow, within)
-}
-
-// lookupCredential finds a user with its groups; only root can become another.
-func lookupCredential(name string) (*credential, error) {
-	if os.Geteuid() != 0 {
-		return nil, errors.New("only a server started as root can run commands as another user: start it as root, or leave this empty")
-	}
-	u, err := user.Lookup(name)
-	if err != nil {
-		return nil, err
-	}
-	groups, err := u.GroupIds()
-	if err != nil {
-		return nil, err
-	}
-	c := &credential{Name: u.Username, Home: u.HomeDir, Shell: "/bin/sh"}
-	var ids []uint32
-	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
-		id, err := strconv.ParseUint(text, 10, 32)
-		if err != nil {
-			return nil, fmt.Errorf("%q has an id that is no number: %w", name, err)
-		}
-		ids = append(ids, uint32(id))
-	}
-	c.Uid, c.Gid, c.Groups = ids[0], ids[1], ids[2:]
-	passwd, err := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
-	for line := range strings.Lines(string(passwd)) {
-		if f := strings.Split(strings.TrimSpace(line), ":"); err == nil && len(f) == 7 && f[0] == c.Name && f[6] != "" {
-			c.Shell = f[6]
-		}
-	}
-	return c, nil
 }
 
 // reload says what a look at settings.json brought.
