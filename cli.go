@@ -15,6 +15,7 @@ import (
 	"net/netip"
 	"os"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"text/tabwriter"
@@ -186,6 +187,9 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 			t.flags.String(f.name, "", "")
 		}
 	}
+	if c.run == nil && len(args) > 0 && !slices.Contains([]string{"-h", "-help", "--help"}, args[0]) {
+		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+args[0])))
+	}
 	t.args, err = parseFlags(t.flags, args, c.wraps)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
@@ -193,8 +197,6 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 		return err
 	case err != nil:
 		return usageError(err.Error())
-	case c.run == nil && len(t.args) > 0:
-		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+t.args[0])))
 	case c.run == nil, len(t.args) < c.least:
 		return usageError("something is missing")
 	case len(t.args) > c.most:

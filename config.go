@@ -459,3 +459,37 @@ func rewriteFile(path string, data []byte, mode fs.FileMode) error {
 	}
 	return errors.Join(dir.Sync(), dir.Close())
 }
+
+// fileInfo is one file of `aexec config`, and what is wrong with it ("": nothing).
+type fileInfo struct {
+	Path    string `json:"path"`
+	Mode    string `json:"mode"` // "" if it is not there
+	Problem string `json:"problem"`
+}
+
+// configFiles looks at every file of the directory.
+func configFiles(p paths) (files []fileInfo) {
+	for _, path := range []string{p.dir, p.env, p.settings, p.plugins, p.audit, p.log, p.pid} {
+		file := fileInfo{Path: path}
+		info, err := os.Lstat(path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			err = nil
+		case err != nil:
+		case info.IsDir():
+			file.Mode, err = info.Mode().String(), checkTrustedDir(path)
+		default:
+			var f *os.File
+			file.Mode = info.Mode().String()
+			if f, err = openTrusted(path, os.O_RDONLY); err == nil {
+				err = checkTrustedFile(f, path == p.env)
+				f.Close()
+			}
+		}
+		if err != nil {
+			file.Problem = err.Error()
+		}
+		files = append(files, file)
+	}
+	return files
+}

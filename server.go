@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/rand"
@@ -1539,4 +1540,33 @@ func inlineHTML(line string) string {
 		from = at[1]
 	}
 	return b.String() + html.EscapeString(line[from:])
+}
+
+const (
+	probeTime = 5 * time.Second
+	probeBody = 4096 // bytes
+)
+
+// probeServer asks a server for one path, with a key or (nil) without, and gives the status and the beginning of the body.
+func probeServer(address, path string, key *apiKey) (code int, body []byte, err error) {
+	conn, err := net.DialTimeout("tcp", address, probeTime)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer conn.Close()
+	conn.SetDeadline(time.Now().Add(probeTime))
+	header := ""
+	if key != nil {
+		header = "X-API-Key: " + key.text + "\r\n"
+	}
+	if _, err := fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\n%sConnection: close\r\n\r\n", path, address, header); err != nil {
+		return 0, nil, err
+	}
+	r, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		return 0, nil, err
+	}
+	defer r.Body.Close()
+	body, err = io.ReadAll(io.LimitReader(r.Body, probeBody))
+	return r.StatusCode, body, err
 }

@@ -438,3 +438,12 @@ func hideProcess() error {
 	}
 	return nil
 }
+
+// isTerminal says whether somebody may sit there. /dev/null is a character device too, but has no window (ioctl_tty(2)).
+func isTerminal(f *os.File) (yes bool) {
+	onDescriptor(f, func(fd uintptr) {
+		_, err := unix.IoctlGetWinsize(int(fd), unix.TIOCGWINSZ)
+		yes = err == nil
+	})
+	return yes
+}

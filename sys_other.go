@@ -137,3 +137,12 @@ func execKeeping(path string, argv, env []string, files []*os.File) error {
 
 // hideProcess does nothing: there is no such switch, and another process of the same user is not kept out here.
 func hideProcess() error { return nil }
+
+// isTerminal says whether somebody may sit there. /dev/null is a character device too, but has no window (ioctl_tty(2)).
+func isTerminal(f *os.File) (yes bool) {
+	onDescriptor(f, func(fd uintptr) {
+		_, err := unix.IoctlGetWinsize(int(fd), unix.TIOCGWINSZ)
+		yes = err == nil
+	})
+	return yes
+}
