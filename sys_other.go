@@ -95,6 +95,15 @@ func lockFile(f *os.File) (bool, error) {
 	return err == nil, err
 }
 
+// lockLog: as on Linux.
+func lockLog(f *os.File) (bool, error) {
+	err := syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB)
+	if errors.Is(err, syscall.EWOULDBLOCK) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // lockHolder: as on Linux.
 func lockHolder(f *os.File) (pid int, held bool, err error) {
 	l := syscall.Flock_t{Type: syscall.F_WRLCK}
