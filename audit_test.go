@@ -910,7 +910,7 @@ func TestAuditFollow(t *testing.T) {
 func FuzzAuditRecord(f *testing.F) {
 	f.Add("plain", "argument", "0123456789abcdef")
 	f.Add("a"+auditTestKey+"b", auditTestKey[:10], auditTestKey)
-	f.Add("\x1b[0m\u009b\u202e\U000e0001\x7f\u2028", "\xff\xfe\x00\n\r", "\u202e0123456789\u009bxx")
+	f.Add("\x1b[0m\u009b\u202e\U000e0001\x7f\u2028", "\xff\xfe\x00\n\r", `\"<&>\"<&>\"<&>\`)
 	f.Add(strings.Repeat("x", 4090)+"secretsecretsecret", "\"}\n{", "secretsecretsecret")
 	file := filepath.Join(f.TempDir(), "audit.jsonl")
 	f.Fuzz(func(t *testing.T, a, b, secret string) {

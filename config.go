@@ -7,7 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	_ "embed"
+	"embed"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"maps"
 	"os"
+	"os/user"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -29,16 +30,25 @@ const (
 	redactedKey    = "[API_KEY]"
 )
 
-// What setup writes. The settings are also the defaults, but that without exec.allow nothing is allowed.
-var (
-	//go:embed defaults/settings.json
-	defaultSettings string
-	//go:embed defaults/env
-	defaultEnv string
-)
+//go:embed defaults
+var defaultFiles embed.FS
 
-// apiKey is the shared secret. It prints as [API_KEY] whatever the verb.
-type apiKey struct {
+// What setup writes. The settings are also the defaults, but that without exec.allow nothing is allowed.
+var defaultSettings, defaultEnv = defaultFile("settings.json"), defaultFile("env")
+
+func defaultFile(name string) string {
+	data, err := defaultFiles.ReadFile("defaults/" + name)
+	if err != nil {
+		panic(err) // the build would have failed
+	}
+	return string(data)
+}
+
+// apiKey is the shared secret. It prints as [API_KEY] whatever the verb. The pointer is for where fmt may not call methods
+// (an unexported field): there a wrong verb would show a plain struct.
+type apiKey struct{ *keySecret }
+
+type keySecret struct {
 	text   string
 	digest [sha256.Size]byte
 }
@@ -50,7 +60,7 @@ func newAPIKey(text string) (*apiKey, error) {
 	if strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return nil, errors.New("the API_KEY holds a character that a header cannot carry: use printable ASCII without spaces")
 	}
-	return &apiKey{text, sha256.Sum256([]byte(text))}, nil
+	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
 }
 
 // matches compares digests in constant time, so that neither content nor length shows.
@@ -190,7 +200,7 @@ func parseEnvLine(line string) (name, value string, err error) {
 	name, value, found := strings.Cut(line, "=")
 	name, value = strings.TrimSpace(strings.TrimPrefix(name, "export ")), strings.TrimSpace(value)
 	if !found || !slices.Contains(startupNames, name) {
-		return "", "", fmt.Errorf("is not KEY=VALUE with one of the keys %s", strings.Join(startupNames, ", "))
+		return "", "", fmt.Errorf("is not KEY=VALUE with a key of %s", strings.Join(startupNames, ", "))
 	}
 	if value != "" && (value[0] == '"' || value[0] == '\'') {
 		inside, after, closed := strings.Cut(value[1:], value[:1])
@@ -293,6 +303,38 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 	return env, pathDirs
 }
 
+// lookupCredential finds a user with its groups; only root can become another.
+func lookupCredential(name string) (*credential, error) {
+	if os.Geteuid() != 0 {
+		return nil, errors.New("only a server started as root can run commands as another user: start it as root, or leave this empty")
+	}
+	u, err := user.Lookup(name)
+	if err != nil {
+		return nil, err
+	}
+	groups, err := u.GroupIds()
+	if err != nil {
+		return nil, err
+	}
+	c := &credential{Name: u.Username, Home: u.HomeDir, Shell: "/bin/sh"}
+	var ids []uint32
+	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
+		id, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return nil, fmt.Errorf("%q has an id that is no number: %w", name, err)
+		}
+		ids = append(ids, uint32(id))
+	}
+	c.Uid, c.Gid, c.Groups = ids[0], ids[1], ids[2:]
+	passwd, err := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
+	for line := range strings.Lines(string(passwd)) {
+		if f := strings.Split(strings.TrimSpace(line), ":"); err == nil && len(f) == 7 && f[0] == c.Name && f[6] != "" {
+			c.Shell = f[6]
+		}
+	}
+	return c, nil
+}
+
 // openTrusted opens for reading: never through a link, never waiting (a FIFO), never taking a terminal.
 func openTrusted(path string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(path, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0)
@@ -391,7 +433,7 @@ func readVersion(path string, private bool) ([]byte, fileVersion, error) {
 		err = errors.Join(err, statErr)
 	case len(data) == maxConfigBytes:
 		err = fmt.Errorf("%s is larger than a configuration file may be (%d bytes)", path, maxConfigBytes-1)
-	case versionOf(before) != versionOf(after):
+	case before.Size() != after.Size() || !before.ModTime().Equal(after.ModTime()): // a rename over it moves the ctime alone
 		err = fmt.Errorf("%s was being changed while it was read", path)
 	}
 	return data, versionOf(before), err
@@ -416,4 +458,38 @@ func rewriteFile(path string, data []byte, mode fs.FileMode) error {
 		return err
 	}
 	return errors.Join(dir.Sync(), dir.Close())
+}
+
+// fileInfo is one file of `aexec config`, and what is wrong with it ("": nothing).
+type fileInfo struct {
+	Path    string `json:"path"`
+	Mode    string `json:"mode"` // "" if it is not there
+	Problem string `json:"problem"`
+}
+
+// configFiles looks at every file of the directory.
+func configFiles(p paths) (files []fileInfo) {
+	for _, path := range []string{p.dir, p.env, p.settings, p.plugins, p.audit, p.log, p.pid} {
+		file := fileInfo{Path: path}
+		info, err := os.Lstat(path)
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			err = nil
+		case err != nil:
+		case info.IsDir():
+			file.Mode, err = info.Mode().String(), checkTrustedDir(path)
+		default:
+			var f *os.File
+			file.Mode = info.Mode().String()
+			if f, err = openTrusted(path, os.O_RDONLY); err == nil {
+				err = checkTrustedFile(f, path == p.env)
+				f.Close()
+			}
+		}
+		if err != nil {
+			file.Problem = err.Error()
+		}
+		files = append(files, file)
+	}
+	return files
 }

@@ -24,7 +24,9 @@ const (
 )
 
 func main() {
-	launchIfAsked() // does not return in a process that is to become a command with limits
+	if launched() { // to become a command with limits, and could not
+		os.Exit(126)
+	}
 	os.Exit(cli(os.Args[1:]))
 }
 

@@ -112,8 +112,8 @@ func (p *plumbing) pump() {
 // drain waits for the end of the output, when nothing that the command started is alive. The deadline is for a pipe that
 // something beyond our reach holds open (a process that changed its user, or hangs in the kernel).
 func (p *plumbing) drain() {
-	for _, s := range p.streams {
-		s.file.SetReadDeadline(time.Now().Add(drainPatience))
+	for i := range p.streams {
+		p.streams[i].file.SetReadDeadline(time.Now().Add(drainPatience))
 	}
 	p.pumps.Wait()
 }

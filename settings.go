@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/user"
 	"regexp"
 	"slices"
 	"strconv"
@@ -18,6 +17,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 )
 
 const (
@@ -96,27 +96,35 @@ func loadSettings(p paths) (*settings, error) {
 }
 
 func parseSettings(p paths, data []byte) (*settings, error) {
-	r := &settingsReader{file: p.settings, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
-	known, err := parseStrict([]byte(defaultSettings))
+	r, err := readSettingNodes(p.settings, defaultSettings, data)
+	if err != nil {
+		return nil, err
+	}
+	if !r.inFile["exec.allow"] {
+		r.nodes["exec.allow"] = &node{kind: '['}
+	}
+	s := r.settings(p)
+	return s, r.err
+}
+
+// readSettingNodes reads a settings file, a plugin's too, that may have what the defaults have.
+func readSettingNodes(file, defaults string, data []byte) (*settingsReader, error) {
+	r := &settingsReader{file: file, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
+	known, err := parseStrict([]byte(defaults))
 	if err != nil {
 		return nil, err
 	}
 	r.walk("", known, known)
 	clear(r.inFile)
-	r.nodes["exec.allow"] = &node{kind: '['}
 	root, err := parseStrict(data)
 	if err != nil {
-		return nil, jsonErrorIn(p.settings, err)
+		return nil, jsonErrorIn(file, err)
 	}
 	if root.kind != '{' {
 		return nil, r.fail(root.start, "settings", "is %s and must be an object", root.shown())
 	}
 	r.walk("", root, known)
-	if r.err != nil {
-		return nil, r.err
-	}
-	s := r.settings(p)
-	return s, r.err
+	return r, r.err
 }
 
 // walk takes over the members of n, and refuses those that the defaults do not know or that are of another type there.
@@ -132,7 +140,7 @@ func (r *settingsReader) walk(prefix string, n, known *node) {
 			r.fail(n.keyAt[i], strconv.Quote(name), "is not a setting: remove it, or let it begin with _ as a comment")
 		case v.what() != def.what() && !(prefix == "ip." && (v.kind == '"' || v.kind == '[')):
 			r.fail(v.start, name, "is %s and must be %s", v.shown(), def.what())
-		case v.kind == '{' && name != "exec.env.set":
+		case len(def.keys) > 0: // an object of ours; one without keys there takes any, as exec.env.set
 			r.walk(name+".", v, def)
 		default:
 			if r.nodes[name] == nil {
@@ -178,7 +186,7 @@ type form struct {
 }
 
 var (
-	anyText         = form{re: regexp.MustCompile(`^[^\x00]*$`), want: "a string without NUL characters and halves of surrogate pairs"}
+	anyText         = form{re: regexp.MustCompile(`^[^\x00]*$`), want: "a string (without NUL and lone surrogates)"}
 	absolutePath    = form{re: regexp.MustCompile(`^(/[^\x00]*)?$`), want: "an absolute path, or empty"}
 	pluginMode      = form{re: regexp.MustCompile(`^(auto|explicit)$`), want: `"auto" or "explicit"`}
 	pluginNameForm  = form{re: regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`), want: "the name of a plugin: a-z, 0-9 and -"}
@@ -390,38 +398,6 @@ func (s *snapshot) ipAllowed(peer netip.Addr) bool {
 	return !slices.ContainsFunc(s.IPDeny, within) && slices.ContainsFunc(s.IPAllow, within)
 }
 
-// lookupCredential finds a user with its groups; only root can become another.
-func lookupCredential(name string) (*credential, error) {
-	if os.Geteuid() != 0 {
-		return nil, errors.New("only a server started as root can run commands as another user: start it as root, or leave this empty")
-	}
-	u, err := user.Lookup(name)
-	if err != nil {
-		return nil, err
-	}
-	groups, err := u.GroupIds()
-	if err != nil {
-		return nil, err
-	}
-	c := &credential{Name: u.Username, Home: u.HomeDir, Shell: "/bin/sh"}
-	var ids []uint32
-	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
-		id, err := strconv.ParseUint(text, 10, 32)
-		if err != nil {
-			return nil, fmt.Errorf("%q has an id that is no number: %w", name, err)
-		}
-		ids = append(ids, uint32(id))
-	}
-	c.Uid, c.Gid, c.Groups = ids[0], ids[1], ids[2:]
-	passwd, err := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
-	for line := range strings.Lines(string(passwd)) {
-		if f := strings.Split(strings.TrimSpace(line), ":"); err == nil && len(f) == 7 && f[0] == c.Name && f[6] != "" {
-			c.Shell = f[6]
-		}
-	}
-	return c, nil
-}
-
 // reload says what a look at settings.json brought.
 type reload int
 
@@ -508,6 +484,9 @@ func (s *store) read(old *storeState) *storeState {
 
 // editRules adds or removes one rule of exec.allow or exec.deny in place, keeping the rest of the file as written; what would not load is not written.
 func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleSet) error {
+	if !utf8.ValidString(rule.Text + strings.Join(rule.Argv, "")) {
+		return fmt.Errorf("the rule %q is not UTF-8 and cannot stand in %s", rule.String(), p.settings)
+	}
 	var value any = rule.Text
 	if rule.Argv != nil {
 		value = rule.Argv
@@ -515,7 +494,7 @@ func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleS
 	return editSettings(p, func(data []byte) ([]byte, error) {
 		data, there, err := editList(data, "exec."+list, value, remove)
 		if err == nil && there != remove {
-			err = fmt.Errorf("exec.%s of %s %s the rule %q", list, p.settings, map[bool]string{true: "has already", false: "does not have"}[there], value)
+			err = fmt.Errorf("exec.%s of %s %s the rule %q", list, p.settings, map[bool]string{true: "already has", false: "does not have"}[there], rule.String())
 		}
 		if err == nil {
 			_, err = newSnapshot(p, data, plugins)

@@ -131,11 +131,9 @@ func (r *strictReader) value() *node {
 	case '"':
 		n.str, n.surrogate = r.string()
 	default:
-		size := strings.IndexAny(r.text[r.pos:], " \t\r\n,]}")
-		if size < 0 {
-			size = len(r.text) - r.pos
+		for r.pos < len(r.text) && strings.IndexByte(" \t\r\n,]}", r.text[r.pos]) < 0 {
+			r.pos++
 		}
-		r.pos += size
 		if n.kind <= '9' { // a digit or a minus sign
 			n.kind, n.str = '0', r.text[n.start:r.pos]
 		}

@@ -4,7 +4,6 @@
 package main
 
 import (
-	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -100,11 +99,8 @@ func tagOf(pid int) (runTag, bool) {
 	if len(fields) < 2 {
 		return 0, false
 	}
-	if fields[1] == "unlimited" {
-		return runTag(uint64(unix.RLIM_INFINITY)), true
-	}
-	max, err := strconv.ParseUint(fields[1], 10, 64)
-	return runTag(max), err == nil
+	hard, err := strconv.ParseUint(strings.Replace(fields[1], "unlimited", "18446744073709551615", 1), 10, 64)
+	return runTag(hard), err == nil
 }
 
 // taggedProcesses lists all processes with a tag of the same directory as like, dead ones apart.
@@ -231,19 +227,7 @@ func (s *startSpec) start() (pid int, err error) {
 		files = append(files[:len(files):len(files)], report)
 		path, argv = ownBinary(), append([]string{launcherName, s.limits.encode(), s.path}, s.argv...)
 	}
-	sys := &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
-	if s.cred != nil {
-		sys.Credential = &syscall.Credential{Uid: s.cred.Uid, Gid: s.cred.Gid, Groups: s.cred.Groups}
-	}
-	return syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: s.dir, Env: s.env, Files: descriptors(files), Sys: sys})
-}
-
-// descriptors gives what a child is to inherit; Fd makes these ends blocking, as programs expect them.
-func descriptors(files []*os.File) (fds []uintptr) {
-	for _, f := range files {
-		fds = append(fds, f.Fd())
-	}
-	return fds
+	return forkExec(path, argv, s.dir, s.env, files, s.cred, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
 }
 
 // confirm waits until the launcher has become the command, or gives the error that kept it from that.
@@ -264,29 +248,16 @@ const (
 	launcherReport = 3                 // descriptor
 )
 
-// limitKinds are the limits in the order in which the launcher gets them; the address space last, as the launcher lives in it too.
-func (l rlimits) kinds() [5]struct {
-	resource int
-	value    uint64
-} {
-	return [5]struct {
-		resource int
-		value    uint64
-	}{
-		{unix.RLIMIT_CPU, l.CPUSeconds}, {unix.RLIMIT_FSIZE, l.FileBytes}, {unix.RLIMIT_NOFILE, l.OpenFiles},
-		{unix.RLIMIT_NPROC, l.Processes}, {unix.RLIMIT_AS, l.MemoryBytes},
-	}
-}
-
 func (l rlimits) encode() string {
 	return fmt.Sprint(l.CPUSeconds, l.MemoryBytes, l.FileBytes, l.OpenFiles, l.Processes)
 }
 
-// launchIfAsked is the launcher: when this process was started as one, it sets its limits, becomes the command and never
-// returns. It runs before anything else in main, and reports by descriptor an errno that a shell would report.
-func launchIfAsked() {
+// launched is the launcher: when this process was started as one, it sets its limits and becomes the command. It runs before
+// anything else in main. If it returns true, that failed: the errno that a shell would report is on the descriptor, and
+// the process is to end.
+func launched() bool {
 	if len(os.Args) < 4 || os.Args[0] != launcherName {
-		return
+		return false
 	}
 	unix.CloseOnExec(launcherReport)
 	var l rlimits
@@ -297,17 +268,21 @@ func launchIfAsked() {
 			err = syscall.Exec(os.Args[2], os.Args[3:], env)
 		}
 	}
-	var errno syscall.Errno
-	if !errors.As(err, &errno) {
+	errno, ok := errors.AsType[syscall.Errno](err)
+	if !ok {
 		errno = syscall.EINVAL
 	}
 	syscall.Write(launcherReport, binary.NativeEndian.AppendUint32(nil, uint32(errno)))
-	os.Exit(126) // fail safe: never go on as a command line
+	return true
 }
 
-// apply sets the limits on this process, never above the hard ones that it has (setrlimit(2)).
+// apply sets the limits on this process, never above the hard ones that it has (setrlimit(2)); the address space last, as
+// this process lives in it too.
 func (l rlimits) apply() error {
-	for _, k := range l.kinds() {
+	for _, k := range []struct {
+		resource int
+		value    uint64
+	}{{unix.RLIMIT_CPU, l.CPUSeconds}, {unix.RLIMIT_FSIZE, l.FileBytes}, {unix.RLIMIT_NOFILE, l.OpenFiles}, {unix.RLIMIT_NPROC, l.Processes}, {unix.RLIMIT_AS, l.MemoryBytes}} {
 		if k.value == 0 {
 			continue
 		}
@@ -353,22 +328,10 @@ func pendingBytes(f *os.File) (n int) {
 	return n
 }
 
-// onDescriptor leaves the file as it is, where Fd would make it blocking and its deadlines void.
-func onDescriptor(f *os.File, do func(fd uintptr)) {
-	if c, err := f.SyscallConn(); err == nil {
-		c.Control(do)
-	}
-}
-
 // waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own.
 func waitExit(pid int) {
 	for unix.Waitid(unix.P_PID, pid, nil, unix.WEXITED|unix.WNOWAIT, nil) == unix.EINTR {
 	}
-}
-
-// signalName is "SIGSEGV" and the like; real-time signals have no names.
-func signalName(s syscall.Signal) string {
-	return cmp.Or(unix.SignalName(s), fmt.Sprintf("SIG%d", s))
 }
 
 // statChangeTime is the ctime: it moves with every change of content, mode or owner, and no program can set it back.
@@ -377,23 +340,6 @@ func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 }
 
 // ---- daemon.go's: the pid file's lock, pidfds, and the server's own secrecy
-
-// lockFile takes the write lock on a whole file (fcntl(2), F_SETLK); false if another process has one. It lasts until this
-// process ends, through exec too, or closes any descriptor of that file, even another one than f.
-func lockFile(f *os.File) (bool, error) {
-	err := unix.FcntlFlock(f.Fd(), unix.F_SETLK, &unix.Flock_t{Type: unix.F_WRLCK})
-	if err == unix.EAGAIN || err == unix.EACCES {
-		return false, nil
-	}
-	return err == nil, err
-}
-
-// lockHolder asks the kernel who has a lock on the file (F_GETLK). The pid is 0 or less where it cannot be seen from here.
-func lockHolder(f *os.File) (pid int, held bool, err error) {
-	l := unix.Flock_t{Type: unix.F_WRLCK}
-	err = unix.FcntlFlock(f.Fd(), unix.F_GETLK, &l)
-	return int(l.Pid), err == nil && l.Type != unix.F_UNLCK, err
-}
 
 // processHandle is a pidfd: it means one process even when that has ended and its number was given away (pidfd_open(2)).
 type processHandle struct{ fd int }
@@ -419,16 +365,6 @@ func (h processHandle) wait(patience time.Duration) (bool, error) {
 }
 
 func (h processHandle) close() { unix.Close(h.fd) }
-
-// execKeeping becomes another program (execve(2)) that has these files open, too, beside the standard ones; it returns only if it fails.
-func execKeeping(path string, argv, env []string, files []*os.File) error {
-	for _, f := range files {
-		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
-			return err
-		}
-	}
-	return syscall.Exec(path, argv, env)
-}
 
 // hideProcess keeps other processes of the same user out of this one's memory, environment and descriptors (PR_SET_DUMPABLE(2const)).
 func hideProcess() error {

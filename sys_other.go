@@ -6,9 +6,7 @@
 package main
 
 import (
-	"cmp"
 	"errors"
-	"fmt"
 	"os"
 	"syscall"
 	"time"
@@ -29,7 +27,7 @@ func tagOf(int) (runTag, bool)                  { return 0, false }
 func taggedProcesses(runTag) []int              { return nil }
 func onMainThread() bool                        { return false }
 func prepareSpawner(noNewPrivs bool) *childList { return nil }
-func launchIfAsked()                            {}
+func launched() bool                            { return false }
 func ownBinary() string                         { path, _ := os.Executable(); return path }
 func opensAtOnce(string) bool                   { return true }
 func enlargePipe(*os.File, int)                 {}
@@ -55,15 +53,7 @@ func (s *startSpec) start() (int, error) {
 	if s.limited {
 		return 0, errors.New("exec.limits need Linux: set them to 0")
 	}
-	var files []uintptr
-	for _, f := range s.files {
-		files = append(files, f.Fd())
-	}
-	sys := &syscall.SysProcAttr{Setsid: true}
-	if s.cred != nil {
-		sys.Credential = &syscall.Credential{Uid: s.cred.Uid, Gid: s.cred.Gid, Groups: s.cred.Groups}
-	}
-	return syscall.ForkExec(s.path, s.argv, &syscall.ProcAttr{Dir: s.dir, Env: s.env, Files: files, Sys: sys})
+	return forkExec(s.path, s.argv, s.dir, s.env, s.files, s.cred, &syscall.SysProcAttr{Setsid: true})
 }
 
 // waitExit returns when the child is dead, and leaves it unreaped (waitid(2): P_PID, WEXITED|WNOWAIT).
@@ -77,29 +67,9 @@ func waitExit(pid int) {
 	}
 }
 
-func signalName(s syscall.Signal) string { return cmp.Or(unix.SignalName(s), fmt.Sprintf("SIG%d", s)) }
-
 // statChangeTime is the ctime: it moves with every change of content, mode or owner, and no program can set it back.
 func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 	return st.Ctimespec.Sec, st.Ctimespec.Nsec
-}
-
-// ---- daemon.go's
-
-// lockFile: as on Linux.
-func lockFile(f *os.File) (bool, error) {
-	err := syscall.FcntlFlock(f.Fd(), syscall.F_SETLK, &syscall.Flock_t{Type: syscall.F_WRLCK})
-	if err == syscall.EAGAIN || err == syscall.EACCES {
-		return false, nil
-	}
-	return err == nil, err
-}
-
-// lockHolder: as on Linux.
-func lockHolder(f *os.File) (pid int, held bool, err error) {
-	l := syscall.Flock_t{Type: syscall.F_WRLCK}
-	err = syscall.FcntlFlock(f.Fd(), syscall.F_GETLK, &l)
-	return int(l.Pid), err == nil && l.Type != syscall.F_UNLCK, err
 }
 
 // processHandle is a mere number here: it may come to mean another process between two calls.
@@ -124,16 +94,6 @@ func (h processHandle) wait(patience time.Duration) (bool, error) {
 }
 
 func (h processHandle) close() {}
-
-// execKeeping becomes another program (execve(2)) that has these files open, too, beside the standard ones; it returns only if it fails.
-func execKeeping(path string, argv, env []string, files []*os.File) error {
-	for _, f := range files {
-		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
-			return err
-		}
-	}
-	return syscall.Exec(path, argv, env)
-}
 
 // hideProcess does nothing: there is no such switch, and another process of the same user is not kept out here.
 func hideProcess() error { return nil }

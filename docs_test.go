@@ -1,0 +1,381 @@
+// These tests hold the documents to the program: what an agent or an operator reads is there, valid, and complete.
+package main
+
+import (
+	"encoding/json"
+	"io"
+	"net/url"
+	"os"
+	"path"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// docsPublic are the public documents; each is a directory of skills/ and a route.
+var docsPublic = []string{"acl", "aexec", "exec", "install", "plugins", "private"}
+
+// docsCodes are the error codes an agent can meet, with their statuses.
+var docsCodes = map[string]string{
+	"invalid_json": "400", "unexpected_field": "400", "invalid_args": "400", "invalid_query": "400",
+	"stream_plugin_command_not_supported": "400", "unauthorized": "401", "command_denied": "403",
+	"command_not_allowed": "403", "ip_denied": "403", "not_found": "404", "method_not_allowed": "405",
+	"timeout": "408", "body_too_large": "413", "max_output_exceeded": "413", "unsupported_media_type": "415",
+	"too_many_concurrent_exec": "429", "rate_limited": "429", "internal": "500", "plugin_before_error": "500",
+	"plugin_after_error": "500", "disabled": "503", "settings_invalid": "503", "audit_unavailable": "503",
+	"shutting_down": "503", "invalid_request": "400", "unexpected_body": "400", "client_gone": "400", "request_timeout": "408",
+	"http_version_not_supported": "505",
+}
+
+func docsRead(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+func docsWrite(t *testing.T, file, text string, mode os.FileMode) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text), mode); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// docsBlocks gives the fenced blocks of one language.
+func docsBlocks(doc, lang string) []string {
+	var blocks []string
+	fence := regexp.MustCompile("(?ms)^( *)```(\\S*)\n(.*?)^ *```$")
+	for _, m := range fence.FindAllStringSubmatch(doc, -1) {
+		if m[2] == lang {
+			blocks = append(blocks, strings.ReplaceAll("\n"+m[3], "\n"+m[1], "\n")[1:])
+		}
+	}
+	return blocks
+}
+
+// docsTable gives the rows of the table whose head begins with the words, each cell trimmed.
+func docsTable(t *testing.T, doc string, head ...string) [][]string {
+	t.Helper()
+	var rows [][]string
+	in := false
+	for line := range strings.SplitSeq(doc, "\n") {
+		if !strings.HasPrefix(line, "|") {
+			in = false
+			continue
+		}
+		cells := strings.Split(strings.ReplaceAll(line, `\|`, "\x00"), "|")
+		cells = cells[1 : len(cells)-1]
+		for i := range cells {
+			cells[i] = strings.TrimSpace(strings.ReplaceAll(cells[i], "\x00", "|"))
+		}
+		if len(cells) >= len(head) && slices.Equal(cells[:len(head)], head) {
+			in = true
+		} else if in && !strings.HasPrefix(cells[0], "---") {
+			rows = append(rows, cells)
+		}
+	}
+	if len(rows) == 0 {
+		t.Fatalf("no table with the head %q", head)
+	}
+	return rows
+}
+
+// docsFrontmatterError says what the Agent Skills standard (agentskills.io/specification), or plain unquoted YAML, forbids in the head of a document.
+func docsFrontmatterError(doc, dir string) string {
+	body, ok := strings.CutPrefix(doc, "---\n")
+	head, body, closed := strings.Cut(body, "\n---\n")
+	if !ok || !closed || strings.TrimSpace(body) == "" {
+		return "no frontmatter, or nothing after it"
+	}
+	values := map[string]string{}
+	for line := range strings.SplitSeq(head, "\n") {
+		key, value, ok := strings.Cut(line, ": ")
+		if _, twice := values[key]; !ok || twice || !slices.Contains([]string{"name", "description", "license", "compatibility"}, key) {
+			return "a key that is not the standard's, or comes twice: " + line
+		}
+		if strings.Contains(value, ": ") || strings.Contains(value, " #") || strings.TrimSpace(value) != value || value == "" ||
+			strings.ContainsAny(value[:1], "\"'[]{}>|*&!%#`@,?:-") || strings.HasSuffix(value, ":") {
+			return "not a plain one-line YAML value: " + line
+		}
+		values[key] = value
+	}
+	name, description := values["name"], values["description"]
+	switch {
+	case name != dir || len(name) > 64 || !regexp.MustCompile(`^[a-z0-9]+(-[a-z0-9]+)*$`).MatchString(name):
+		return "the name is not that of its directory, or not of the standard's form: " + name
+	case description == "" || len(description) > 1024 || len(values["compatibility"]) > 500:
+		return "the description is missing, or too long"
+	case !strings.Contains(description, "Use it when") && !strings.Contains(description, "Read it") && !strings.Contains(description, "Use it before"):
+		return "the description does not say when to use it"
+	}
+	return ""
+}
+
+func TestSkillsFrontmatter(t *testing.T) {
+	dirs, err := os.ReadDir("skills")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	for _, dir := range dirs {
+		if !dir.IsDir() {
+			continue // a template, not a document
+		}
+		names = append(names, dir.Name())
+		if why := docsFrontmatterError(docsRead(t, filepath.Join("skills", dir.Name(), "SKILL.md")), dir.Name()); why != "" {
+			t.Errorf("skills/%s: %s", dir.Name(), why)
+		}
+	}
+	if !slices.Equal(names, docsPublic) {
+		t.Errorf("skills/ has %q, want %q", names, docsPublic)
+	}
+	for _, bad := range []string{
+		"# no head\n", "---\nname: x\ndescription: Read it\n", "---\nname: y\ndescription: Read it now\n---\nbody",
+		"---\nname: x\ndescription: Read it: now\n---\nbody", "---\nname: x\ndescription: \"Read it\"\n---\nbody",
+		"---\nname: x\nversion: 1\ndescription: Read it\n---\nbody", "---\nname: x\nname: x\ndescription: Read it\n---\nbody",
+		"---\nname: x\ndescription: Read it " + strings.Repeat("a", 1024) + "\n---\nbody", "---\nname: x\ndescription: Read it\n---\n\n",
+	} {
+		if docsFrontmatterError(bad, "x") == "" {
+			t.Errorf("accepted %q", bad)
+		}
+	}
+}
+
+// TestSkillsExplainEveryCode: each code is a row of the exec document's table, beside its status, with something to do;
+// and the main guide, which an agent may be content with, names it too.
+func TestSkillsExplainEveryCode(t *testing.T) {
+	rows := docsTable(t, docsRead(t, "skills/exec/SKILL.md"), "status", "`error`", "meaning", "do")
+	seen := map[string]string{}
+	for _, row := range rows {
+		seen[strings.Trim(row[1], "`")] = row[0]
+		if len(row[2]) < 10 || len(row[3]) < 6 {
+			t.Errorf("%s is not explained: %q", row[1], row)
+		}
+	}
+	for code, status := range docsCodes {
+		if seen[code] != status {
+			t.Errorf("%s: documented with status %q, want %s", code, seen[code], status)
+		}
+	}
+	for code := range seen {
+		if docsCodes[code] == "" {
+			t.Errorf("%s is documented, and no answer has it", code)
+		}
+	}
+	guide := docsRead(t, "skills/aexec/SKILL.md")
+	for _, code := range []string{"invalid_args", "unauthorized", "command_denied", "command_not_allowed", "timeout", "max_output_exceeded",
+		"too_many_concurrent_exec", "rate_limited", "disabled", "settings_invalid", "audit_unavailable", "shutting_down"} {
+		if !strings.Contains(guide, "`"+code+"`") {
+			t.Errorf("the main guide does not name %s", code)
+		}
+	}
+}
+
+// TestSkillsLinks: a link must lead to a route, from /SKILL.md and from /skills/NAME/SKILL.md alike.
+func TestSkillsLinks(t *testing.T) {
+	routes := map[string]bool{"/": true, "/SKILL.md": true, "/skills": true}
+	for _, name := range docsPublic {
+		routes["/skills/"+name+"/SKILL.md"] = true
+	}
+	links := regexp.MustCompile(`\]\(([^)\s]+)\)`)
+	for _, name := range docsPublic {
+		for _, m := range links.FindAllStringSubmatch(docsRead(t, "skills/"+name+"/SKILL.md"), -1) {
+			bases := []string{"/skills/" + name + "/SKILL.md"}
+			if name == "aexec" {
+				bases = append(bases, "/SKILL.md")
+			}
+			for _, from := range bases {
+				base := &url.URL{Path: from}
+				ref, err := url.Parse(m[1])
+				if err != nil || ref.Host != "" || !routes[base.ResolveReference(ref).Path] {
+					t.Errorf("skills/%s: %q leads nowhere from %s", name, m[1], from)
+				}
+			}
+		}
+	}
+	guide := docsRead(t, "skills/aexec/SKILL.md")
+	for _, name := range docsPublic {
+		if name != "aexec" && !strings.Contains(guide, "](/skills/"+name+"/SKILL.md)") {
+			t.Errorf("the main guide does not lead to %s", name)
+		}
+	}
+}
+
+// TestSkillsExamples: every JSON block is JSON, every exec body has args alone, and no example puts the key where it would be logged.
+func TestSkillsExamples(t *testing.T) {
+	bodies := regexp.MustCompile(`-d '([^']*)'`)
+	examples := 0
+	for _, name := range docsPublic {
+		doc := docsRead(t, "skills/"+name+"/SKILL.md")
+		for _, block := range docsBlocks(doc, "json") {
+			docsJSON(t, "skills/"+name, block)
+		}
+		for _, block := range docsBlocks(doc, "sh") {
+			for _, m := range bodies.FindAllStringSubmatch(block, -1) {
+				var body struct{ Args []string }
+				d := json.NewDecoder(strings.NewReader(m[1]))
+				d.DisallowUnknownFields()
+				if err := d.Decode(&body); err != nil || len(body.Args) == 0 {
+					t.Errorf("skills/%s: %s is no request: %v", name, m[1], err)
+				}
+				examples++
+			}
+			if strings.Contains(block, "/api/") && !strings.Contains(block, `-H "X-API-Key: $KEY"`) {
+				t.Errorf("skills/%s: a request without its key: %s", name, block)
+			}
+		}
+		if regexp.MustCompile(`(?i)\?[^ ]*key=`).MatchString(doc) {
+			t.Errorf("skills/%s puts the key into a query", name)
+		}
+	}
+	if examples < 6 {
+		t.Errorf("only %d requests found", examples)
+	}
+}
+
+// docsJSON checks one block of JSON values.
+func docsJSON(t *testing.T, where, block string) {
+	t.Helper()
+	d := json.NewDecoder(strings.NewReader(block))
+	for {
+		var v any
+		if err := d.Decode(&v); err == io.EOF {
+			return
+		} else if err != nil {
+			t.Errorf("%s: %v in %s", where, err, block)
+			return
+		}
+	}
+}
+
+// TestReadmeLinks: to files that are there, and to headings that are there.
+func TestReadmeLinks(t *testing.T) {
+	doc := docsRead(t, "README.md")
+	headings := map[string]bool{}
+	for _, m := range regexp.MustCompile(`(?m)^#+ (.*)$`).FindAllStringSubmatch(doc, -1) {
+		slug := strings.ReplaceAll(strings.ToLower(m[1]), " ", "-")
+		headings["#"+regexp.MustCompile(`[^a-z0-9-]`).ReplaceAllString(slug, "")] = true
+	}
+	found := 0
+	for _, m := range regexp.MustCompile(`\]\(([^)\s]+)\)`).FindAllStringSubmatch(doc, -1) {
+		found++
+		if strings.HasPrefix(m[1], "#") {
+			if !headings[m[1]] {
+				t.Errorf("no heading for %s", m[1])
+			}
+		} else if _, err := os.Stat(m[1]); err != nil || path.IsAbs(m[1]) {
+			t.Errorf("no file for %s", m[1])
+		}
+	}
+	if found == 0 {
+		t.Error("no link found")
+	}
+	for _, block := range docsBlocks(doc, "json") {
+		docsJSON(t, "README.md", block)
+	}
+}
+
+// docsRules gives the rules that stand in backquotes in a cell.
+func docsRules(t *testing.T, cell string) []ruleSpec {
+	t.Helper()
+	var rules []ruleSpec
+	for _, m := range regexp.MustCompile("`([^`]+)`").FindAllStringSubmatch(cell, -1) {
+		var r ruleSpec
+		if json.Unmarshal([]byte(m[1]), &r.Argv) != nil && json.Unmarshal([]byte(m[1]), &r.Text) != nil {
+			t.Errorf("%s is no rule", m[1])
+		}
+		rules = append(rules, r)
+	}
+	return rules
+}
+
+// TestReadmeRules: the rules of the tables compile; those that look narrow and are not are found by `acl doctor`; the one called narrow is not.
+func TestReadmeRules(t *testing.T) {
+	doc := docsRead(t, "README.md")
+	narrow := regexp.MustCompile("(?m)^(`[^`]+`) is narrow").FindStringSubmatch(doc)
+	if narrow == nil {
+		t.Fatal("no rule is called narrow")
+	}
+	for _, table := range []struct {
+		rows  [][]string
+		risky bool
+	}{
+		{docsTable(t, doc, "rule", "kind", "meaning"), false},
+		{docsTable(t, docsRead(t, "skills/acl/SKILL.md"), "rule", "kind", "allows"), false},
+		{docsTable(t, doc, "rule", "what it also allows"), true},
+		{[][]string{narrow[1:]}, false},
+	} {
+		for _, row := range table.rows {
+			for _, r := range docsRules(t, row[0]) {
+				p, err := compilePolicy([]ruleSet{{Source: "settings.json", Allow: []ruleSpec{r}}})
+				if err != nil {
+					t.Error(err)
+				} else if table.risky && len(p.lint()) == 0 {
+					t.Errorf("the doctor finds nothing about %s", r)
+				} else if len(row) == 1 && len(p.lint()) > 0 {
+					t.Errorf("the doctor says of the narrow %s: %v", r, p.lint())
+				}
+			}
+		}
+	}
+}
+
+// TestReadmeSettings: the table has every setting, and says of each truly what its default is and whether it reloads.
+func TestReadmeSettings(t *testing.T) {
+	s, err := parseSettings(paths{settings: "settings.json", audit: "audit.jsonl"}, []byte("{}"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	documented := map[string][]string{}
+	for _, row := range docsTable(t, docsRead(t, "README.md"), "setting", "default", "reloads", "meaning") {
+		documented[strings.Trim(row[0], "`")] = row
+	}
+	for _, info := range s.table() {
+		row := documented[info.Key]
+		delete(documented, info.Key)
+		if row == nil {
+			t.Errorf("%s is missing", info.Key)
+			continue
+		}
+		if (row[2] == "yes") != info.Reloads {
+			t.Errorf("%s: reloads is %q in the table, and %v in fact", info.Key, row[2], info.Reloads)
+		}
+		if value, err := json.Marshal(info.Value); err != nil || strings.Trim(row[1], "`") != string(value) && string(value) != `""` && info.Key != "exec.allow" {
+			t.Errorf("%s: the default is %s in the table, and %s in fact", info.Key, row[1], value)
+		}
+	}
+	for key := range documented {
+		t.Errorf("%s is documented, and there is no such setting", key)
+	}
+}
+
+// TestReadmeSettingsExamples: what is shown as settings.json loads, its own tests included.
+func TestReadmeSettingsExamples(t *testing.T) {
+	loaded := 0
+	for _, block := range docsBlocks(docsRead(t, "README.md"), "json") {
+		if !strings.Contains(block, `"exec"`) {
+			continue
+		}
+		dir := t.TempDir()
+		if err := os.Chmod(dir, 0o700); err != nil {
+			t.Fatal(err)
+		}
+		t.Setenv("AGENT_EXEC_CONFIG_DIR", dir)
+		docsWrite(t, filepath.Join(dir, "settings.json"), block, 0o600)
+		p, err := configPaths()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := openStore(p, nil); err != nil {
+			t.Error(err)
+		}
+		loaded++
+	}
+	if loaded < 2 {
+		t.Errorf("only %d examples found", loaded)
+	}
+}
