@@ -771,7 +771,11 @@ func removePlugin(p paths, s *settings, name string) error {
 	if err := errors.Join(root.RemoveAll(old), root.Rename(name, old)); err != nil {
 		return err
 	}
-	return root.RemoveAll(old)
+	err = root.RemoveAll(old)
+	if err == nil && s.PluginsMode != "explicit" && slices.Contains(s.PluginsDisabled, name) {
+		err = editPluginState(p, name, true) // a new plugin of that name is not to be off
+	}
+	return err
 }
 
 // ---- making plugins

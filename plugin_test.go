@@ -1045,6 +1045,10 @@ func TestEnableDisableRemove(t *testing.T) {
 	if len(entries) != 3 {
 		t.Errorf("left are %v", entries)
 	}
+	pluginMust(t, removePlugin(p, read(), "twin"))
+	if s := read(); !slices.Equal(s.PluginsDisabled, []string{"broken"}) {
+		t.Errorf("disabled %q after a removal", s.PluginsDisabled)
+	}
 	// In explicit mode a plugin that is gone must not keep the server from starting.
 	pluginMust(t, os.WriteFile(p.settings, []byte(`{"plugins":{"mode":"explicit","enabled":["b"]}}`), 0o600))
 	pluginMust(t, removePlugin(p, read(), "b"))
