@@ -247,7 +247,8 @@ func (l *auditLog) open() error {
 	var end auditHead
 	prev, unended := noPrev, false
 	if info.Mode().IsRegular() {
-		if err = syscall.Flock(int(f.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); errors.Is(err, syscall.EWOULDBLOCK) {
+		var locked bool
+		if locked, err = lockLog(f); err == nil && !locked {
 			err = fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file)
 		} else if err == nil {
 			end, prev, unended, err = auditEnd(f, info.Size())

@@ -2,32 +2,28 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
+	"errors"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"io"
+	"math"
 	"net/url"
 	"os"
+	"os/exec"
 	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 )
 
 // docsPublic are the public documents; each is a directory of skills/ and a route.
 var docsPublic = []string{"acl", "aexec", "exec", "install", "plugins", "private"}
-
-// docsCodes are the error codes an agent can meet, with their statuses.
-var docsCodes = map[string]string{
-	"invalid_json": "400", "unexpected_field": "400", "invalid_args": "400", "invalid_query": "400",
-	"stream_plugin_command_not_supported": "400", "unauthorized": "401", "command_denied": "403",
-	"command_not_allowed": "403", "ip_denied": "403", "not_found": "404", "method_not_allowed": "405",
-	"timeout": "408", "body_too_large": "413", "max_output_exceeded": "413", "unsupported_media_type": "415",
-	"too_many_concurrent_exec": "429", "rate_limited": "429", "internal": "500", "plugin_before_error": "500",
-	"plugin_after_error": "500", "disabled": "503", "settings_invalid": "503", "audit_unavailable": "503",
-	"shutting_down": "503", "invalid_request": "400", "unexpected_body": "400", "client_gone": "400", "request_timeout": "408",
-	"http_version_not_supported": "505",
-}
 
 func docsRead(t *testing.T, name string) string {
 	t.Helper()
@@ -156,13 +152,13 @@ func TestSkillsExplainEveryCode(t *testing.T) {
 			t.Errorf("%s is not explained: %q", row[1], row)
 		}
 	}
-	for code, status := range docsCodes {
-		if seen[code] != status {
-			t.Errorf("%s: documented with status %q, want %s", code, seen[code], status)
+	for code, e := range errorTexts {
+		if seen[code] != strconv.Itoa(e.status) {
+			t.Errorf("%s: documented with status %q, want %d", code, seen[code], e.status)
 		}
 	}
 	for code := range seen {
-		if docsCodes[code] == "" {
+		if errorTexts[code].status == 0 {
 			t.Errorf("%s is documented, and no answer has it", code)
 		}
 	}
@@ -279,6 +275,68 @@ func TestReadmeLinks(t *testing.T) {
 	}
 }
 
+// TestReadmeFiles: the table for reviewers names every file of the program, with its length to within a fifth.
+func TestReadmeFiles(t *testing.T) {
+	files, err := filepath.Glob("*.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	actual := map[string]int{}
+	for _, file := range files {
+		if !strings.HasSuffix(file, "_test.go") {
+			actual[file] = bytes.Count([]byte(docsRead(t, file)), []byte("\n"))
+		}
+	}
+	names := regexp.MustCompile("`([a-z_]+\\.go)`")
+	for _, row := range docsTable(t, docsRead(t, "README.md"), "file", "lines", "check") {
+		want, sum := row[1], 0
+		for _, m := range names.FindAllStringSubmatch(row[0], -1) {
+			if _, err := os.Stat(m[1]); err != nil {
+				t.Errorf("%s is named and not there", m[1])
+			}
+			sum += actual[m[1]]
+			delete(actual, m[1])
+		}
+		if n, err := strconv.Atoi(want); want != "" && (err != nil || math.Abs(float64(n-sum)) > float64(sum)/5) {
+			t.Errorf("%s: %s lines by the table, %d in fact", row[0], want, sum)
+		}
+	}
+	for file := range actual {
+		t.Errorf("%s is missing in the table", file)
+	}
+}
+
+// TestReadmeNamesTests: a proof that the README claims must exist.
+func TestReadmeNamesTests(t *testing.T) {
+	files, err := filepath.Glob("*_test.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	have := map[string]bool{}
+	for _, file := range files {
+		parsed, err := parser.ParseFile(token.NewFileSet(), file, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, decl := range parsed.Decls {
+			if f, ok := decl.(*ast.FuncDecl); ok && f.Recv == nil {
+				have[f.Name.Name] = true
+			}
+		}
+	}
+	doc := docsRead(t, "README.md")
+	for _, m := range regexp.MustCompile(`\b(?:Test|Fuzz|Benchmark)[A-Z]\w*`).FindAllString(doc, -1) {
+		if !have[m] {
+			t.Errorf("the README names %s, which is not there", m)
+		}
+	}
+	for _, row := range docsTable(t, doc, "attacker", "wants", "answer", "test") {
+		if !strings.Contains(row[2], "**not defended**") && !strings.Contains(row[3], "Test") {
+			t.Errorf("no test is named for %q", row[:2])
+		}
+	}
+}
+
 // docsRules gives the rules that stand in backquotes in a cell.
 func docsRules(t *testing.T, cell string) []ruleSpec {
 	t.Helper()
@@ -378,4 +436,190 @@ func TestReadmeSettingsExamples(t *testing.T) {
 	if loaded < 2 {
 		t.Errorf("only %d examples found", loaded)
 	}
+}
+
+// docsMachine is a throw-away home with the real program in it, and programs that the documents speak of.
+type docsMachine struct {
+	home, dir string
+	env       []string
+}
+
+// docsPrograms are what the examples run: each says who it is on both outputs.
+var docsPrograms = []string{"git", "make", "mytool"}
+
+func newDocsMachine(t *testing.T) *docsMachine {
+	t.Helper()
+	m := &docsMachine{home: t.TempDir()}
+	bin := filepath.Join(m.home, ".local", "bin")
+	m.dir = filepath.Join(m.home, ".to-agent", "agent-exec")
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range docsPrograms {
+		docsWrite(t, filepath.Join(bin, name), "#!/bin/sh\necho "+name+"\necho trouble >&2\n", 0o755)
+	}
+	docsWrite(t, filepath.Join(m.home, ".curlrc"), "fail-with-body\n", 0o644)
+	m.env = []string{"HOME=" + m.home, "CURL_HOME=" + m.home, "PORT=0", "PATH=" + bin + ":" + os.Getenv("PATH")}
+	for _, name := range []string{"GOCACHE", "GOMODCACHE", "GOPATH", "GOROOT", "GOFLAGS", "GOPROXY", "TMPDIR"} {
+		if out, err := exec.Command("go", "env", name).Output(); err == nil && strings.TrimSpace(string(out)) != "" {
+			m.env = append(m.env, name+"="+strings.TrimSpace(string(out)))
+		}
+	}
+	return m
+}
+
+// sh runs a script as a newcomer would type it, and gives standard output.
+func (m *docsMachine) sh(t *testing.T, cwd, script string, env ...string) string {
+	t.Helper()
+	c := exec.Command("sh", "-e", "-c", script) // also in a cleanup, when the test's context has ended
+	c.Dir, c.Env = cwd, append(slices.Clone(m.env), env...)
+	var stderr strings.Builder
+	c.Stderr = &stderr
+	out, err := c.Output()
+	if err != nil {
+		t.Errorf("%s\n%v\n%s%s", script, err, out, stderr.String())
+	}
+	return string(out)
+}
+
+// copySource copies what the program is built from.
+func (m *docsMachine) copySource(t *testing.T, to string) {
+	t.Helper()
+	entries, err := os.ReadDir(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		switch name := e.Name(); {
+		case e.IsDir() && name != "testdata" && name[0] != '.':
+			err = os.CopyFS(filepath.Join(to, name), os.DirFS(name))
+		case filepath.Ext(name) == ".go" && !strings.HasSuffix(name, "_test.go"), name == "go.mod", name == "go.sum":
+			err = errors.Join(os.MkdirAll(to, 0o755), os.WriteFile(filepath.Join(to, name), []byte(docsRead(t, name)), 0o644))
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// docsWalks gives the shell blocks that stand directly after <!-- walk -->.
+func docsWalks(doc string) []string {
+	var blocks []string
+	for _, part := range strings.Split(doc, "<!-- walk -->\n")[1:] {
+		blocks = append(blocks, docsBlocks(part, "sh")[0])
+	}
+	return blocks
+}
+
+// TestReadmeWalk types what the README says, from the quick start on, beginning with nothing but the source.
+func TestReadmeWalk(t *testing.T) {
+	m := newDocsMachine(t)
+	source := filepath.Join(m.home, "source")
+	m.copySource(t, source)
+	t.Cleanup(func() { m.sh(t, source, "./aexec stop", "PATH="+source+":"+os.Getenv("PATH")) })
+	blocks := docsWalks(docsRead(t, "README.md"))
+	if len(blocks) < 3 {
+		t.Fatalf("only %d blocks to walk", len(blocks))
+	}
+	var said []string
+	for _, block := range blocks {
+		said = append(said, m.sh(t, source, block, "PATH="+source+":"+os.Getenv("PATH")))
+	}
+	if !regexp.MustCompile(`(?s)URL: http://127\.0\.0\.1:\d+\nAPI_KEY: \S{40,}\nStart here:\nhttp://127\.0\.0\.1:\d+/SKILL\.md\n$`).MatchString(said[0]) {
+		t.Errorf("the quick start does not end with the prompt: %s", said[0])
+	}
+}
+
+// docsShare starts the server and gives what an agent gets: URL and key.
+func (m *docsMachine) docsShare(t *testing.T) (string, string) {
+	t.Helper()
+	binary := buildBinary(t)
+	m.sh(t, m.home, binary+" start")
+	t.Cleanup(func() { m.sh(t, m.home, binary+" stop") })
+	prompt := regexp.MustCompile(`URL: (\S+)\nAPI_KEY: (\S+)\n`).FindStringSubmatch(m.sh(t, m.home, binary+" share"))
+	if prompt == nil {
+		t.Fatal("share printed no prompt")
+	}
+	return prompt[1], prompt[2]
+}
+
+// TestSkillsWalk types every request of the documents against a real server, and holds each answer to the shape that is printed below it.
+func TestSkillsWalk(t *testing.T) {
+	for _, tool := range []string{"curl", "jq"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("%s is not installed", tool)
+		}
+	}
+	m := newDocsMachine(t)
+	plugin := filepath.Join(m.dir, "plugins", "mytool")
+	m.sh(t, m.home, buildBinary(t)+" setup --yes && mkdir -p -m 0700 "+plugin+"/references")
+	work := t.TempDir()
+	docsWrite(t, filepath.Join(work, "logo.png"), "\x89PNG\n", 0o644)
+	docsWrite(t, filepath.Join(m.dir, "settings.json"), `{"exec":{"allow":["*"],"cwd":"`+work+`"}}`, 0o600)
+	docsWrite(t, filepath.Join(plugin, "SKILL.md"), "---\nname: mytool\ndescription: Looks after things\n---\n# mytool\n", 0o600)
+	docsWrite(t, filepath.Join(plugin, "references", "usage.md"), "# usage\n", 0o600)
+	docsWrite(t, filepath.Join(plugin, "settings.json"),
+		`{"plugin":{"type":"exec","command":"mytool","apiVersion":1,"routes":{"GET /status":["mytool","status"]}},"exec":{"allow":["mytool --version"]}}`, 0o600)
+	url, key := m.docsShare(t)
+	walked := 0
+	for _, name := range docsPublic {
+		if name == "install" {
+			continue // needs a network of machines; the README's walk does the same steps
+		}
+		for _, part := range strings.Split(docsRead(t, "skills/"+name+"/SKILL.md"), "```sh\n")[1:] {
+			script, rest, _ := strings.Cut(part, "```\n")
+			if !strings.Contains(script, "curl") {
+				continue
+			}
+			script = strings.ReplaceAll(script, "/srv/work", work)
+			got := m.sh(t, t.TempDir(), script, "URL="+url, "KEY="+key)
+			walked++
+			if example, ok := strings.CutPrefix(rest, "\n```json\n"); ok {
+				example, _, _ = strings.Cut(example, "```\n")
+				want, have := docsShapes(t, example), docsShapes(t, got)
+				if !slices.Equal(want, have) {
+					t.Errorf("skills/%s: %s\nanswers with %q, and the document shows %q\n%s", name, script, have, want, got)
+				}
+			}
+		}
+	}
+	if walked < 10 {
+		t.Errorf("only %d requests walked", walked)
+	}
+}
+
+// docsShapes gives the sorted set of shapes of some JSON values: the keys, in depth, without standard error, which not every command has.
+func docsShapes(t *testing.T, text string) []string {
+	t.Helper()
+	var shapes []string
+	for d := json.NewDecoder(strings.NewReader(text)); ; {
+		var v any
+		if err := d.Decode(&v); err == io.EOF {
+			break
+		} else if err != nil {
+			t.Errorf("%v in %q", err, text)
+			break
+		}
+		shapes = append(shapes, docsShape(v))
+	}
+	slices.Sort(shapes)
+	return slices.Compact(shapes)
+}
+
+func docsShape(v any) string {
+	object, ok := v.(map[string]any)
+	if !ok {
+		if list, ok := v.([]any); ok && len(list) > 0 && docsShape(list[0]) != "" {
+			return "[" + docsShape(list[0]) + "]"
+		}
+		return ""
+	}
+	var keys []string
+	for key, value := range object {
+		if key != "stderr" || object["output"] == nil {
+			keys = append(keys, key+docsShape(value))
+		}
+	}
+	slices.Sort(keys)
+	return "{" + strings.Join(keys, " ") + "}"
 }

@@ -148,7 +148,7 @@ func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
 		return nil, err
 	}
 	audit, err := openAudit(cmp.Or(plain.AuditFile, p.audit), plain.AuditEnabled, start.key)
-	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger}, err
+	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger, auditFile: p.audit}, err
 }
 
 // logStart records and logs the start.

@@ -51,6 +51,7 @@ const (
 	pluginRequest = "```sh\ncurl -sS \"$URL/api/exec\" -H \"X-API-Key: $KEY\" -H \"Content-Type: application/json\" -d '{BODY}'\n```\n"
 
 	reservedPluginWords = "exec acl plugins skills private ping command aexec ae"
+	pluginTypes         = "skill exec trusted"
 	routeMethods        = "GET POST PUT PATCH DELETE"
 	starterTools        = "claude codex gemini aider goose hermes openclaw opencode"
 	pluginNameChars     = "abcdefghijklmnopqrstuvwxyz0123456789-"
@@ -238,41 +239,34 @@ func readPlugin(p paths, name string) *pluginInfo {
 
 // openPluginFile opens a regular file in a plugin's directory. No part of its path is a symbolic link, and the directories on
 // the way are held to the strict modes too, for who may write there may exchange the file.
-func openPluginFile(dir, name string) (*os.File, fileVersion, error) {
+func openPluginFile(dir, name string) (f *os.File, err error) {
 	for at := name; at != "."; {
 		at = path.Dir(at)
 		if err := checkTrustedDir(filepath.Join(dir, at)); err != nil {
-			return nil, fileVersion{}, err
+			return nil, err
 		}
 	}
 	root, err := os.OpenRoot(dir)
 	if err != nil {
-		return nil, fileVersion{}, err
+		return nil, err
 	}
 	defer root.Close()
-	info, err := root.Lstat(name)
-	if err == nil && !info.Mode().IsRegular() {
-		err = errors.New("it is not a regular file, and links are not followed: put a copy there")
+	if info, err := root.Lstat(name); err != nil {
+		return nil, err
+	} else if !info.Mode().IsRegular() {
+		return nil, errors.New("it is not a regular file, and links are not followed: put a copy there")
 	}
-	if err != nil {
-		return nil, fileVersion{}, err
+	if f, err = root.Open(name); err != nil {
+		return nil, err
 	}
-	f, err := root.Open(name)
-	if err != nil {
-		return nil, fileVersion{}, err
-	}
-	if info, err = f.Stat(); err == nil {
-		err = checkTrustedFile(f, false)
-	}
-	if err != nil {
+	if err = checkTrustedFile(f, false); err != nil {
 		f.Close()
-		return nil, fileVersion{}, err
 	}
-	return f, versionOf(info), nil
+	return f, err
 }
 
 func readPluginFile(dir, name string) ([]byte, error) {
-	f, _, err := openPluginFile(dir, name)
+	f, err := openPluginFile(dir, name)
 	if err != nil {
 		return nil, err
 	}
@@ -285,15 +279,19 @@ func readPluginFile(dir, name string) ([]byte, error) {
 }
 
 func hookVersion(dir, name string) (fileVersion, error) {
-	f, version, err := openPluginFile(dir, name)
+	f, err := openPluginFile(dir, name)
 	if err != nil {
-		return version, err
+		return fileVersion{}, err
 	}
 	defer f.Close()
-	if version.mode.Perm()&0o111 == 0 {
+	info, err := f.Stat()
+	if err == nil && info.Mode().Perm()&0o111 == 0 {
 		err = errors.New("it is not executable: run chmod u+x")
 	}
-	return version, err
+	if err != nil {
+		return fileVersion{}, err
+	}
+	return versionOf(info), nil
 }
 
 // readDocuments takes the documents into memory. SKILL.md must be there; that its frontmatter is broken is only remarked.
@@ -388,9 +386,9 @@ func (p *plugin) wrong(r *settingsReader, key, format string, args ...any) {
 func (p *plugin) checkType(r *settingsReader) {
 	switch {
 	case p.Type == "system":
-		p.wrong(r, "plugin.type", `"system" is reserved: use skill, exec or trusted`)
-	case p.Type != "skill" && p.Type != "exec" && p.Type != "trusted":
-		p.wrong(r, "plugin.type", "unknown type %q: use skill, exec or trusted", p.Type)
+		p.wrong(r, "plugin.type", `"system" is reserved: use one of %s`, pluginTypes)
+	case !slices.Contains(strings.Fields(pluginTypes), p.Type):
+		p.wrong(r, "plugin.type", "unknown type %q: use one of %s", p.Type, pluginTypes)
 	case p.Invoke != "exec" && p.Invoke != "run":
 		p.wrong(r, "plugin.invoke", "unknown invoke %q: use exec or run", p.Invoke)
 	case p.Invoke == "run" && p.Type != "trusted":
@@ -773,7 +771,11 @@ func removePlugin(p paths, s *settings, name string) error {
 	if err := errors.Join(root.RemoveAll(old), root.Rename(name, old)); err != nil {
 		return err
 	}
-	return root.RemoveAll(old)
+	err = root.RemoveAll(old)
+	if err == nil && s.PluginsMode != "explicit" && slices.Contains(s.PluginsDisabled, name) {
+		err = editPluginState(p, name, true) // a new plugin of that name is not to be off
+	}
+	return err
 }
 
 // ---- making plugins
@@ -849,6 +851,9 @@ func (o pluginOrder) check(p paths, s *settings) error {
 	err := cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), checkPluginWord("command", o.Command, commandChars), checkTrustedDir(p.plugins))
 	if err != nil {
 		return err
+	}
+	if !slices.Contains(strings.Fields(pluginTypes), o.Type) {
+		return fmt.Errorf("%q is not a type of plugin: use one of %s", o.Type, pluginTypes)
 	}
 	if _, err := os.Lstat(filepath.Join(p.plugins, o.Name)); err == nil && !o.Force {
 		return errPluginExists

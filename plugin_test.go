@@ -6,13 +6,16 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"log"
 	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -22,7 +25,7 @@ import (
 func pluginPaths(t testing.TB) paths {
 	t.Helper()
 	dir := filepath.Join(t.TempDir(), "config")
-	p := paths{dir: dir, settings: filepath.Join(dir, "settings.json"), plugins: filepath.Join(dir, "plugins")}
+	p := paths{dir: dir, settings: filepath.Join(dir, "settings.json"), plugins: filepath.Join(dir, "plugins"), audit: filepath.Join(dir, "audit.jsonl")}
 	pluginMust(t, os.MkdirAll(p.plugins, 0o700))
 	pluginMust(t, os.WriteFile(p.settings, []byte(defaultSettings), 0o600))
 	return p
@@ -159,7 +162,7 @@ func TestInvalidPlugins(t *testing.T) {
 		{`{"plugin":{"invoke":"run"}}`, `"type":"trusted" only`},
 		{`{"plugin":{"apiVersion":2}}`, ":1:25: plugin.apiVersion: "},
 		{`{"plugin":{"apiVersion":1.0}}`, "plugin.apiVersion: "},
-		{`{"plugin":{"apiVersion":"1"}}`, "plugin.apiVersion: is a string and must be a number"},
+		{`{"plugin":{"apiVersion":"1"}}`, `plugin.apiVersion: is "1" and must be a number`},
 		{`{"plugin":{"type":"exec"}}`, ":1:1: plugin.command: missing command"},
 		{`{"plugin":{"type":"trusted","command":""}}`, "plugin.command: missing command"},
 		{`{"plugin":{"command":""}}`, "plugin.command: missing command"},
@@ -183,7 +186,7 @@ func TestInvalidPlugins(t *testing.T) {
 		{`{"plugin":{"command":"tool"},"exec":{"allow":[[]]}}`, "rule "},
 		{`{"plugin":{"command":"tool"},"exec":{"allow":[7]}}`, ":1:47: exec.allow: "},
 		{`{"plugin":{"command":"tool"},"exec":{"deny":["/(/"]}}`, ":1:46: exec.deny: "},
-		{`{"plugin":{"command":"tool"},"exec":{"deny":"tool"}}`, "exec.deny: is a string and must be an array"},
+		{`{"plugin":{"command":"tool"},"exec":{"deny":"tool"}}`, `exec.deny: is "tool" and must be an array`},
 		{`{"plugin":{"command":"tool","before":"hooks/ok"}}`, "a skill plugin has neither hooks nor routes"},
 		{`{"plugin":{"command":"tool","routes":{}}}`, "a skill plugin has neither hooks nor routes"},
 		{with(`,"before":""`), `plugin.before: "" is not a path inside`},
@@ -818,7 +821,7 @@ func TestCreatePluginRefuses(t *testing.T) {
 		}
 	}
 	for _, kind := range []string{"system", "daemon", ""} {
-		if made, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: kind}, false, probe); err == nil {
+		if made, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: kind}, false, probe); err == nil || len(asked) != 0 {
 			t.Errorf("type %q: %+v", kind, made)
 		}
 	}
@@ -1042,11 +1045,332 @@ func TestEnableDisableRemove(t *testing.T) {
 	if len(entries) != 3 {
 		t.Errorf("left are %v", entries)
 	}
+	pluginMust(t, removePlugin(p, read(), "twin"))
+	if s := read(); !slices.Equal(s.PluginsDisabled, []string{"broken"}) {
+		t.Errorf("disabled %q after a removal", s.PluginsDisabled)
+	}
 	// In explicit mode a plugin that is gone must not keep the server from starting.
 	pluginMust(t, os.WriteFile(p.settings, []byte(`{"plugins":{"mode":"explicit","enabled":["b"]}}`), 0o600))
 	pluginMust(t, removePlugin(p, read(), "b"))
 	if loaded, problems := loadPlugins(p, read()); len(loaded)+len(problems) != 0 {
 		t.Errorf("after the removal: %v, %+v", loaded, problems)
+	}
+}
+
+// pluginServer is a real server with the directory's plugins. On its PATH are tool and other, which print their arguments and
+// leave a line of them in the file that it returns; the log is for what an operator would see.
+type pluginServer struct {
+	paths
+	url, ran string
+	log      *pluginLog
+	stop     func() // and wait until it is gone
+}
+
+// pluginLog is a log that may be read while it is written.
+type pluginLog struct {
+	mu   sync.Mutex
+	text bytes.Buffer
+}
+
+func (l *pluginLog) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.Write(p)
+}
+
+func (l *pluginLog) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text.String()
+}
+
+const pluginKey = "0123456789abcdef-plugin-tests"
+
+func pluginServe(t *testing.T, p paths, settings string) *pluginServer {
+	t.Helper()
+	bin := t.TempDir()
+	s := &pluginServer{paths: p, ran: filepath.Join(bin, "ran"), log: &pluginLog{}}
+	for _, name := range []string{"tool", "other"} {
+		script := "#!/bin/sh\necho \"$(basename \"$0\") $*\" | tee -a " + s.ran + "\n"
+		pluginMust(t, os.WriteFile(filepath.Join(bin, name), []byte(script), 0o700))
+	}
+	t.Setenv("PATH", bin+":/usr/bin:/bin")
+	pluginMust(t, os.WriteFile(p.settings, []byte(settings), 0o600))
+	key, err := newAPIKey(pluginKey)
+	pluginMust(t, err)
+	srv, err := assemble(p, startup{key: key, host: "127.0.0.1", enabled: true}, log.New(s.log, "", 0))
+	pluginMust(t, err)
+	srv.runner = theRunner(t)
+	l, err := listen("127.0.0.1", 0)
+	pluginMust(t, err)
+	s.url = "http://" + l.Addr().String()
+	ctx, cancel := context.WithCancel(t.Context())
+	ended := make(chan error, 1)
+	go func() { ended <- srv.serve(ctx, l) }()
+	s.stop = sync.OnceFunc(func() {
+		cancel()
+		if err := <-ended; err != nil {
+			t.Error(err)
+		}
+		pluginMust(t, srv.audit.close())
+	})
+	t.Cleanup(s.stop)
+	return s
+}
+
+// ask sends a request whose path goes out exactly as it is written here.
+func (s *pluginServer) ask(t *testing.T, method, path, body, key string) (status int, answer map[string]any, text string) {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, s.url, strings.NewReader(body))
+	pluginMust(t, err)
+	path, query, _ := strings.Cut(path, "?")
+	r.URL.Opaque, r.URL.RawQuery = path, query
+	if key != "" {
+		r.Header.Set("X-API-Key", key)
+	}
+	if body != "" {
+		r.Header.Set("Content-Type", "application/json")
+	}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: hangGuard,
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}
+	res, err := client.Do(r)
+	if err != nil {
+		t.Fatalf("%s %s: %v", method, path, err)
+	}
+	defer res.Body.Close()
+	data, err := io.ReadAll(res.Body)
+	pluginMust(t, err)
+	json.Unmarshal(data, &answer) // a document is not JSON, and needs not be
+	return res.StatusCode, answer, string(data)
+}
+
+// haveRun takes the commands that really ran since it was asked last.
+func (s *pluginServer) haveRun(t *testing.T) string {
+	t.Helper()
+	data, err := os.ReadFile(s.ran)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		t.Fatal(err)
+	}
+	os.Remove(s.ran)
+	return strings.ReplaceAll(strings.TrimSpace(string(data)), "\n", "; ")
+}
+
+const pluginWireSettings = `{"exec":{"allow":["other ok","tool sent"],"deny":["tool never"]},"timeoutMs":%d,"maxOutputBytes":65536,"plugins":{"disabled":[%s]}}`
+
+func TestHooksOverTheWire(t *testing.T) {
+	say := func(text string) string { return "#!/bin/sh\ncat >/dev/null\nprintf '%s' '" + text + "'\n" }
+	for name, c := range map[string]struct {
+		kind, before, after string
+		status              int
+		is                  string // the error code, or output of a 200
+		ran                 string
+		timeout             int // of commands and hooks, in milliseconds
+	}{
+		"before says nothing":        {"exec", say(""), "", 200, "tool sent\n", "tool sent", 60000},
+		"rewrites to an allowed one": {"exec", say(`{"args":["other","ok"]}`), "", 200, "other ok\n", "other ok", 60000},
+		"rewrites to another":        {"exec", say(`{"args":["other","x"]}`), "", 403, "command_not_allowed", "", 60000},
+		"rewrites to a denied one":   {"exec", say(`{"args":["tool","never"]}`), "", 403, "command_denied", "", 60000},
+		"trusted, without run":       {"trusted", say(`{"args":["other","x"]}`), "", 403, "command_not_allowed", "", 60000},
+		"trusted, with run":          {`trusted","invoke":"run`, say(`{"args":["other","x"]}`), "", 200, "other x\n", "other x", 60000},
+		"before refuses":             {"exec", say(`{"error":{"status":418,"code":"not_now","message":"m"}}`), "", 418, "not_now", "", 60000},
+		"before lies":                {"exec", say(`{"result":{"output":"x"}}`), "", 500, "plugin_before_error", "", 60000},
+		"before crashes":             {"exec", "#!/bin/sh\necho '{\"args\":[\"other\",\"ok\"]}'; kill -SEGV $$\n", "", 500, "plugin_before_error", "", 60000},
+		"before floods":              {"exec", "#!/bin/sh\nexec yes\n", "", 500, "plugin_before_error", "", 60000},
+		"before hangs":               {"exec", "#!/bin/sh\nexec sleep 1000\n", "", 500, "plugin_before_error", "", 500},
+		"after says nothing":         {"exec", "", say(""), 200, "tool sent\n", "tool sent", 60000},
+		"after replaces":             {"exec", "", say(`{"result":{"output":"new","exitCode":3,"status":"error","duration":1,"length":3}}`), 200, "new", "tool sent", 60000},
+		"after refuses":              {"exec", "", say(`{"error":{"status":599,"code":"late","message":"m"}}`), 599, "late", "tool sent", 60000},
+		"after lies":                 {"exec", "", say(`{"args":["other","ok"]}`), 500, "plugin_after_error", "tool sent", 60000},
+		"after fails":                {"exec", "", "#!/bin/sh\nexit 7\n", 500, "plugin_after_error", "tool sent", 60000},
+		"both":                       {"exec", say(`{"args":["other","ok"]}`), "#!/bin/sh\ngrep -q '\"args\":\\[\"other\",\"ok\"\\],\"originalArgs\":\\[\"tool\",\"sent\"\\].*\"result\":{.*other ok' || exit 1\n", 200, "other ok\n", "other ok", 60000},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := pluginPaths(t)
+			fields, files := "", map[string]string{}
+			for which, script := range map[string]string{"before": c.before, "after": c.after} {
+				if script != "" {
+					fields += `,"` + which + `":"hooks/` + which + `"`
+					files["hooks/"+which] = script
+				}
+			}
+			pluginWrite(t, p, "hooked", `{"plugin":{"command":"tool","type":"`+c.kind+`"`+fields+`}}`, files)
+			s := pluginServe(t, p, fmt.Sprintf(pluginWireSettings, c.timeout, ""))
+			status, answer, text := s.ask(t, "POST", "/api/exec", `{"args":["tool","sent"]}`, pluginKey)
+			is := answer["error"]
+			if status == 200 {
+				is = answer["output"]
+			}
+			if ran := s.haveRun(t); status != c.status || is != c.is || ran != c.ran {
+				t.Errorf("%d %s\nran %q, want %d %q and %q; log %s", status, text, ran, c.status, c.is, c.ran, s.log)
+			}
+			// Neither the hook's trouble nor its file is the agent's business, and the next request is not harmed.
+			if strings.Contains(text, p.dir) {
+				t.Errorf("the answer names the server's files: %s", text)
+			}
+			if status, _, text := s.ask(t, "POST", "/api/exec", `{"args":["other","ok"]}`, pluginKey); status != 200 {
+				t.Errorf("the next request: %d %s", status, text)
+			}
+			s.stop()
+			log, err := os.ReadFile(p.audit)
+			pluginMust(t, err)
+			hookRuns := 0
+			for line := range strings.Lines(string(log)) {
+				if strings.Contains(line, `"argv":["`+p.plugins) && strings.Contains(line, `"plugin":"hooked"`) {
+					hookRuns++
+				}
+			}
+			if want := 2 * len(files); hookRuns != want && !(c.status >= 500 && hookRuns == 2) {
+				t.Errorf("%d records of hooks, want %d:\n%s", hookRuns, want, log)
+			}
+			if strings.Contains(string(log), pluginKey) {
+				t.Error("the key is in the audit log")
+			}
+		})
+	}
+}
+
+// TestHookSeesNoKey: however the key comes, a hook does not get it; and only the plugin's requests come by it.
+func TestHookSeesNoKey(t *testing.T) {
+	p := pluginPaths(t)
+	seen := filepath.Join(p.dir, "seen")
+	pluginWrite(t, p, "hooked", `{"plugin":{"type":"exec","command":"tool","before":"hooks/before","after":"hooks/before"},"exec":{"allow":["tool *"]}}`,
+		map[string]string{"hooks/before": "#!/bin/sh\ncat >>" + seen + "\nenv >>" + seen + "\n"})
+	s := pluginServe(t, p, fmt.Sprintf(pluginWireSettings, 60000, ""))
+	status, _, text := s.ask(t, "POST", "/api/exec?mode=buffered", `{"args":["tool","x`+pluginKey+`y"]}`, pluginKey)
+	if got := s.haveRun(t); status != 200 || got != "tool x"+pluginKey+"y" {
+		t.Errorf("%d %s, ran %q", status, text, got)
+	}
+	said, err := os.ReadFile(seen)
+	if pluginMust(t, err); strings.Contains(string(said), pluginKey) {
+		t.Errorf("a hook saw the key: %s", said)
+	}
+	for _, want := range []string{`"args":["tool","x[API_KEY]y"]`, `"X-Api-Key":["[API_KEY]"]`, `"mode":["buffered"]`, `"method":"POST"`, `"path":"/api/exec"`, `"ip":"127.0.0.1"`, "tool x[API_KEY]y"} {
+		if !strings.Contains(string(said), want) {
+			t.Errorf("the hook was not told %s: %s", want, said)
+		}
+	}
+	pluginMust(t, os.Remove(seen))
+	s.ask(t, "POST", "/api/exec", `{"args":["other","ok"]}`, pluginKey)
+	s.ask(t, "POST", "/api/exec", `{"args":["toolx"]}`, pluginKey)
+	if status, _, text := s.ask(t, "POST", "/api/exec?mode=stream", `{"args":["tool","x"]}`, pluginKey); status != 400 || !strings.Contains(text, "stream_plugin_command_not_supported") {
+		t.Errorf("a stream: %d %s", status, text)
+	}
+	if said, err := os.ReadFile(seen); err == nil {
+		t.Errorf("the hook ran for what is not its own: %s", said)
+	}
+}
+
+func TestRoutesOverTheWire(t *testing.T) {
+	p := pluginPaths(t)
+	pluginWrite(t, p, "r", `{"plugin":{"type":"exec","command":"tool","routes":{"GET /ok":["tool","ok"],"GET /other":["other","x"],"GET /never":["tool","never"],
+		"GET /show/{id}":["tool","show","{id}"],"POST /do":["tool","ok"],"GET /x/SKILL.md":["tool","ok"]}},"exec":{"allow":["tool ok",["tool","show","..."]]}}`, nil)
+	pluginWrite(t, p, "t", `{"plugin":{"type":"trusted","command":"other","invoke":"run","routes":{"GET /any/{x}":["other","any","{x}"],"GET /never":["tool","never"]}}}`, nil)
+	s := pluginServe(t, p, fmt.Sprintf(pluginWireSettings, 60000, ""))
+	for _, c := range []struct {
+		request, body string
+		status        int
+		is, ran       string
+	}{
+		{"GET /api/command/r/ok", "", 200, "tool ok\n", "tool ok"},
+		{"GET /api/command/r/other", "", 403, "command_not_allowed", ""},
+		{"GET /api/command/r/never", "", 403, "command_denied", ""},
+		{"GET /api/command/t/any/thing", "", 200, "other any thing\n", "other any thing"},
+		{"GET /api/command/t/never", "", 200, "tool never\n", "tool never"}, // a trusted plugin is host code
+		{"GET /api/command/r/show/7", "", 200, "tool show 7\n", "tool show 7"},
+		{"GET /api/command/r/show/a%20b%3B%24%28id%29", "", 200, "tool show a b;$(id)\n", "tool show a b;$(id)"},
+		{"GET /api/command/r/show/a%2Fb", "", 404, "not_found", ""},
+		{"GET /api/command/r/show/{id}", "", 200, "tool show {id}\n", "tool show {id}"},
+		{"GET /api/command/r/show/-rf", "", 400, "invalid_args", ""},
+		{"GET /api/command/r/show/%2D%2Dall", "", 400, "invalid_args", ""},
+		{"GET /api/command/r/show/a%00b", "", 404, "not_found", ""},
+		{"GET /api/command/r/show/a%0Ab", "", 400, "invalid_args", ""},
+		{"GET /api/command/r/show/%1b[2J", "", 400, "invalid_args", ""},
+		{"GET /api/command/r/show/%FF", "", 400, "invalid_args", ""},
+		{"GET /api/command/r/show/%C2%85", "", 400, "invalid_args", ""},
+		{"GET /api/command/r/show/", "", 404, "not_found", ""},
+		{"GET /api/command/r/show/..", "", 404, "not_found", ""},
+		{"GET /api/command/r/show/%2e%2e", "", 404, "not_found", ""},
+		{"GET /api/command/r/show/..%2F..%2Fetc%2Fpasswd", "", 404, "not_found", ""},
+		{"GET /api/command/r/show/%2Fetc%2Fpasswd", "", 404, "not_found", ""},
+		{"GET /api/command/r/show/a/b", "", 404, "not_found", ""},
+		{"GET /api/command/r//ok", "", 404, "not_found", ""},
+		{"GET /api/command/t/../r/ok", "", 404, "not_found", ""},
+		{"GET /api/command/r", "", 404, "not_found", ""},
+		{"GET /api/command/none/ok", "", 404, "not_found", ""},
+		{"GET /api/command/r%2Fok", "", 404, "not_found", ""},
+		{"POST /api/command/r/ok", "", 405, "method_not_allowed", ""},
+		{"HEAD /api/command/r/ok", "", 405, "", ""},
+		{"GET /api/command/r/do", "", 405, "method_not_allowed", ""},
+		{"POST /api/command/r/do", "", 200, "tool ok\n", "tool ok"},
+		{"POST /api/command/r/do", `{"args":["tool","never"]}`, 400, "", ""},
+		{"GET /api/command/r/ok?x=1", "", 400, "invalid_query", ""},
+		{"GET /api/command/r/ok?mode=stream", "", 400, "invalid_query", ""},
+		{"GET /api/command/r/ok?cmd=id", "", 400, "invalid_query", ""},
+	} {
+		method, path, _ := strings.Cut(c.request, " ")
+		status, answer, text := s.ask(t, method, path, c.body, pluginKey)
+		is := answer["error"]
+		if status == 200 {
+			is = answer["output"]
+		}
+		if ran := s.haveRun(t); status != c.status || c.is != "" && is != c.is || ran != c.ran {
+			t.Errorf("%s: %d %s ran %q, want %d %q and %q", c.request, status, text, ran, c.status, c.is, c.ran)
+		}
+		for _, key := range []string{"", pluginKey + "x"} { // without the key nothing runs, and nothing shows what there is
+			if status, _, text := s.ask(t, method, path, c.body, key); status != 401 && !(status == 404 && c.status == 404) || s.haveRun(t) != "" {
+				t.Errorf("%s without the key: %d %s", c.request, status, text)
+			}
+		}
+	}
+	if status, _, text := s.ask(t, "GET", "/api/command/r/x/SKILL.md", "", ""); status != 401 || s.haveRun(t) != "" {
+		t.Errorf("a route that ends like a document, without the key: %d %s", status, text)
+	}
+	// A disabled plugin stops at once.
+	pluginMust(t, os.WriteFile(p.settings, fmt.Appendf(nil, pluginWireSettings, 60000, `"r"`), 0o600))
+	for _, path := range []string{"/api/command/r/ok", "/api/command/r/show/7", "/private/skills/r/SKILL.md"} {
+		if status, _, text := s.ask(t, "GET", path, "", pluginKey); status != 404 || s.haveRun(t) != "" {
+			t.Errorf("%s of a disabled plugin: %d %s", path, status, text)
+		}
+	}
+	if status, _, text := s.ask(t, "POST", "/api/exec", `{"args":["tool","ok"]}`, pluginKey); status != 403 {
+		t.Errorf("the rule of a disabled plugin: %d %s", status, text)
+	}
+	if _, _, text := s.ask(t, "GET", "/api/plugins", "", pluginKey); strings.Contains(text, `"r"`) || !strings.Contains(text, `"t"`) {
+		t.Errorf("the list with a disabled plugin: %s", text)
+	}
+}
+
+// TestPluginDocumentsOverTheWire asks for what is there, and in every way for what is not to be had.
+func TestPluginDocumentsOverTheWire(t *testing.T) {
+	p := pluginPaths(t)
+	pluginWrite(t, p, "notes", `{}`, map[string]string{"references/a.md": "REFERENCE", "public/SKILL.md": strings.ReplaceAll(pluginTestSkill, "NAME", "notes") + "PUBLIC", "hooks/x": "SECRET"})
+	pluginWrite(t, p, "quiet", `{}`, nil)
+	s := pluginServe(t, p, fmt.Sprintf(pluginWireSettings, 60000, ""))
+	for path, want := range map[string]string{"/private/skills/notes/SKILL.md": "# notes", "/private/skills/notes/references/a.md": "REFERENCE"} {
+		if status, _, text := s.ask(t, "GET", path, "", pluginKey); status != 200 || !strings.Contains(text, want) {
+			t.Errorf("%s: %d %s", path, status, text)
+		}
+		if status, _, text := s.ask(t, "GET", path, "", ""); status != 401 || strings.Contains(text, want) {
+			t.Errorf("%s without the key: %d %s", path, status, text)
+		}
+	}
+	if status, _, text := s.ask(t, "GET", "/skills/notes/SKILL.md", "", ""); status != 200 || !strings.Contains(text, "PUBLIC") {
+		t.Errorf("the public document: %d %s", status, text)
+	}
+	if status, _, text := s.ask(t, "GET", "/skills/quiet/SKILL.md", "", ""); status != 404 {
+		t.Errorf("a public document that does not exist: %d %s", status, text)
+	}
+	for _, tail := range []string{"notes/settings.json", "notes/references/settings.json", "notes/references/..%2Fsettings.json", "notes/references/../settings.json", "notes/references/%2e%2e%2fsettings.json",
+		"notes/references/..%5Csettings.json", "notes/references/a.md%00", "notes/references/a.md%00.md", "notes/references/%2Fetc%2Fpasswd", "notes/references//etc/passwd", "notes/references/", "notes/references",
+		"notes/references/a.md/", "notes/references/A.md", "notes/references/a%2Emd%2F..%2Fa.md", "notes/hooks/x", "notes/references/..%2Fhooks%2Fx", "notes/", "notes", "", "..%2Fsettings.json", "../settings.json",
+		"..%2F..%2Fsettings.json/SKILL.md", "%2e%2e/SKILL.md", "../SKILL.md", "..%2Fnotes/SKILL.md", "notes%2FSKILL.md", "notes%00/SKILL.md", "notes%0A/SKILL.md", "Notes/SKILL.md", "none/SKILL.md", ".new-notes/SKILL.md",
+		"notes/SKILL.md%00", "notes/./SKILL.md", "notes//SKILL.md", "notes/public/SKILL.md", "notes/references/%252e%252e%252fsettings.json"} {
+		for _, head := range []string{"/private/skills/", "/skills/", "/private/", "/api/command/"} {
+			status, _, text := s.ask(t, "GET", head+tail, "", pluginKey)
+			if index := head+tail == "/skills/"; status != 404 && !index || strings.Contains(text, "SECRET") || strings.Contains(text, `"plugin"`) || strings.Contains(text, "root:") {
+				t.Errorf("%s%s: %d %s", head, tail, status, text)
+			}
+		}
 	}
 }
 

@@ -14,7 +14,6 @@ import (
 	"fmt"
 	"html"
 	"io"
-	"io/fs"
 	"log"
 	"maps"
 	"math"
@@ -42,19 +41,21 @@ import (
 )
 
 const (
-	headerTimeout  = 10 * time.Second    // for a request's head
-	requestTimeout = 30 * time.Second    // for head and body
-	idleTimeout    = 120 * time.Second   // between two requests
-	writeTimeout   = 30 * time.Second    // for one write: a client that takes nothing for so long is gone
-	shutdownWait   = 10 * time.Second    // beyond killGraceMs, until the last answer is out
-	maxHeadBytes   = 32 << 10            // bytes of a request's head
-	maxSeen        = maxHeadBytes + 4096 // what net/http reads of a head at most
-	maxConns       = 512                 // open connections
-	maxPipelined   = 64 << 10            // bytes that a client may send behind a running command
-	maxRateClients = 4096                // addresses with a rate limit of their own, for each class
-	encodeBytes    = 64 << 10            // bytes of an answer that are encoded at a time
-	maxEndpoint    = 256                 // bytes of a path in the audit log
-	slotRetryAfter = time.Second
+	headerTimeout      = 10 * time.Second       // for a request's head
+	requestTimeout     = 30 * time.Second       // for head and body
+	idleTimeout        = 120 * time.Second      // between two requests
+	writeTimeout       = 30 * time.Second       // for one write: a client that takes nothing for so long is gone
+	lingerTimeout      = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
+	shutdownWait       = 10 * time.Second       // beyond killGraceMs, until the last answer is out
+	maxHeadBytes       = 32 << 10               // bytes of a request's head
+	maxSeen            = maxHeadBytes + 4096    // what net/http reads of a head at most
+	maxConns           = 512                    // open connections
+	maxPipelined       = 64 << 10               // bytes that a client may send behind a running command
+	maxRateClients     = 4096                   // addresses with a rate limit of their own, for each class
+	encodeBytes        = 64 << 10               // bytes of an answer that are encoded at a time
+	maxEndpoint        = 256                    // bytes of a path in the audit log
+	slotRetryAfter     = time.Second
+	settingsRetryAfter = 5 * time.Second
 )
 
 //go:embed skills/*/SKILL.md skills/_root.md
@@ -135,26 +136,25 @@ var fixedHeaders = http.Header{
 
 // server is one listening aexec.
 type server struct {
-	start   startup
-	store   *store
-	audit   *auditLog
-	runner  *runner
-	plugins []*plugin // loaded and valid; snapshot.disabled says which are off now
-	log     *log.Logger
-	address string            // what it listens on, host:port
-	paths   paths             // for audit.jsonl's default place and for what a restart would change
-	restart map[string]string // restartValues when it started; nil: not compared
-	maxBody int64             // these and all below are set by prepare
-	stall   time.Duration     // writeTimeout, or less in tests
-	mux     *http.ServeMux
-	skills  []document // embedded
-	root    string     // the guide of GET /, with places for the URL and the version
-	user    string     // that commands run as, unless exec.user says otherwise
-	keyless *limiter   // requests without a valid key
-	withKey *limiter
-	connMu  sync.Mutex
-	conns   int
-	waiting map[net.Conn]time.Time // connections without a whole request, since when
+	start     startup
+	store     *store
+	audit     *auditLog
+	runner    *runner
+	plugins   []*plugin // loaded and valid; snapshot.disabled says which are off now
+	log       *log.Logger
+	address   string        // what it listens on, host:port
+	auditFile string        // where the settings name none
+	maxBody   int64         // these and all below are set by prepare
+	stall     time.Duration // writeTimeout, or less in tests
+	mux       *http.ServeMux
+	skills    []document // embedded
+	root      string     // the guide of GET /, with places for the URL and the version
+	user      string     // that commands run as, unless exec.user says otherwise
+	keyless   *limiter   // requests without a valid key
+	withKey   *limiter
+	connMu    sync.Mutex
+	conns     int
+	waiting   map[net.Conn]time.Time // connections without a whole request, since when
 }
 
 // listen binds host:port (port 0: any free one). The error says what to do (port taken: by whom to look).
@@ -216,7 +216,10 @@ func (s *server) prepare(address string) error {
 	if s.address == "" {
 		s.address = address
 	}
-	s.maxBody, s.stall, s.waiting = snap.MaxRequestBodyBytes, writeTimeout, map[net.Conn]time.Time{}
+	if s.stall == 0 {
+		s.stall = writeTimeout
+	}
+	s.maxBody, s.waiting = snap.MaxRequestBodyBytes, map[net.Conn]time.Time{}
 	s.keyless, s.withKey = newLimiter(snap), newLimiter(snap)
 	if u, err := user.Current(); err == nil {
 		s.user = u.Username
@@ -291,6 +294,7 @@ func (s *server) connState(conn net.Conn, state http.ConnState) {
 			}
 		}
 		if s.conns > maxConns {
+			delete(s.waiting, oldest)
 			oldest.Close()
 		}
 	}
@@ -326,8 +330,7 @@ func withConn(ctx context.Context, conn net.Conn) context.Context {
 // a disconnect ends with the first byte.
 func (w *watchedConn) Read(p []byte) (int, error) {
 	for {
-		busy := w.busy.Load()
-		if len(w.behind) > 0 && !busy {
+		if len(w.behind) > 0 && !w.busy.Load() {
 			n := copy(p, w.behind)
 			w.behind = w.behind[n:]
 			return n, nil
@@ -336,7 +339,7 @@ func (w *watchedConn) Read(p []byte) (int, error) {
 		w.mu.Lock()
 		w.seen = append(w.seen, p[:min(n, maxSeen-len(w.seen))]...)
 		w.mu.Unlock()
-		if err != nil || !busy {
+		if err != nil || !w.busy.Load() && len(w.behind) == 0 {
 			return n, err
 		}
 		if w.behind = append(w.behind, p[:n]...); len(w.behind) > maxPipelined {
@@ -377,6 +380,7 @@ type call struct {
 	source    string // where the key was: header, bearer, query, none
 	keyed     bool   // the key is right
 	wrote     bool
+	whole     bool // the body was read to its end
 	unaudited bool // an exec_start could not be written
 }
 
@@ -388,8 +392,13 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	defer c.rescue()
 	maps.Copy(w.Header(), fixedHeaders)
 	w.Header()["X-Request-Id"] = []string{c.id}
-	if r.ContentLength != 0 {
-		w.Header().Set("Connection", "close") // unless readBody reads it to its end: nobody waits here for a slow sender
+	if r.ContentLength != 0 { // until readBody has read it to its end
+		w.Header().Set("Connection", "close")
+		defer func() {
+			if !c.whole {
+				c.control.SetReadDeadline(time.Now().Add(lingerTimeout))
+			}
+		}()
 	}
 	c.control.SetWriteDeadline(time.Now().Add(s.stall))
 	if e := c.gates(); e != nil {
@@ -450,13 +459,14 @@ func (c *call) gates() *apiError {
 	if e := c.s.findRoute(c.r); e != nil {
 		return e
 	}
-	if hidden {
+	api := strings.HasPrefix(at, "/api/")
+	if api && !c.keyed {
+		return c.unauthorized()
+	}
+	if api || hidden {
 		c.Header().Set("Cache-Control", "no-store")
 	}
-	if strings.HasPrefix(at, "/api/") {
-		if !c.keyed {
-			return c.unauthorized()
-		}
+	if api {
 		if e := c.checkQuery(); e != nil {
 			return e
 		}
@@ -468,7 +478,7 @@ func (c *call) gates() *apiError {
 // cleanPath refuses what a proxy, the mux and a plugin could each read as another path.
 func cleanPath(u *url.URL) bool {
 	p := u.Path
-	return strings.HasPrefix(p, "/") && (path.Clean(p) == p || path.Clean(p)+"/" == p && p != "//") && !strings.Contains(p, "\x00") &&
+	return strings.HasPrefix(p, "/") && (path.Clean(p) == p || path.Clean(p)+"/" == p && p != "//") && !strings.ContainsAny(p, "\x00\\") &&
 		strings.Count(u.EscapedPath(), "/") == strings.Count(p, "/")
 }
 
@@ -485,7 +495,9 @@ func (c *call) readSettings() *apiError {
 		c.s.announce(snap, news, err)
 	}
 	if err != nil {
-		return newError("settings_invalid")
+		e := newError("settings_invalid")
+		e.after = settingsRetryAfter
+		return e
 	}
 	c.snap = snap
 	return nil
@@ -501,18 +513,12 @@ func (s *server) announce(snap *snapshot, news reload, err error) {
 	s.log.Print("settings reloaded")
 	file := snap.AuditFile
 	if file == "" {
-		file = s.paths.audit
+		file = s.auditFile
 	}
 	if err := s.audit.reconfigure(file, snap.AuditEnabled); err != nil {
 		s.log.Printf("cannot follow the audit settings: %v", err)
 	}
 	s.note(auditRecord{Event: "settings_reloaded"})
-	now, err := restartValues(s.paths)
-	for name, value := range s.restart {
-		if err == nil && now[name] != value {
-			s.log.Printf("%q has changed on disk and needs a restart", name)
-		}
-	}
 }
 
 // note records what need not hold anything up.
@@ -700,7 +706,10 @@ func (c *call) readBody() ([]byte, *apiError) {
 	case err != nil:
 		return nil, newError("invalid_request").because("The body broke off, or its encoding is malformed.")
 	}
-	c.Header().Del("Connection")
+	c.whole = true
+	if c.r.TransferEncoding == nil {
+		c.Header().Del("Connection")
+	}
 	return data, nil
 }
 
@@ -782,9 +791,9 @@ func (c *call) pluginList() *apiError {
 
 // job is one command that was decided, on its way through its slot.
 type job struct {
-	argv, sent   []string // what will run, and what the request asked for
+	args, sent   []string // what will run, and what the request asked for
 	what         approved
-	by           decision
+	decided      decision
 	plugin       *plugin // whose hooks stand around it; nil: none
 	stream, text bool
 	sink         *streamSink
@@ -800,16 +809,16 @@ func (c *call) exec() *apiError {
 	if e != nil {
 		return e
 	}
-	j.argv = argv
+	j.args = argv
 	for _, p := range c.s.plugins {
-		if p.before+p.after != "" && p.sees(j.argv) && !c.snap.disabled(p.Name) {
+		if p.before+p.after != "" && p.sees(j.args) && !c.snap.disabled(p.Name) {
 			j.plugin = p
 		}
 	}
 	if j.stream && j.plugin != nil {
 		return newError("stream_plugin_command_not_supported")
 	}
-	j.what, j.by = c.snap.policy.decide(j.argv)
+	j.what, j.decided = c.snap.policy.decide(j.args)
 	return c.run(j)
 }
 
@@ -825,14 +834,14 @@ func (c *call) pluginRoute(p *plugin, rt pluginRoute) *apiError {
 	if err != nil {
 		return newError("invalid_args").because("The path cannot be made a command: %v.", err)
 	}
-	j := job{argv: argv, plugin: p}
-	j.what, j.by = p.approve(c.snap.policy, argv)
+	j := job{args: argv, plugin: p}
+	j.what, j.decided = p.approve(c.snap.policy, argv)
 	return c.run(j)
 }
 
 // run takes a slot for the command and answers when the slot is free again.
 func (c *call) run(j job) *apiError {
-	if j.sent = j.argv; !j.by.Allowed {
+	if j.sent = j.args; !j.decided.Allowed {
 		return c.denied(j)
 	}
 	release, ok := c.s.runner.acquire(c.snap.MaxConcurrentExec)
@@ -871,8 +880,8 @@ func (c *call) inSlot(j *job, release func()) (out outcome, result map[string]an
 			return out, nil, e
 		}
 		if changed.Args != nil {
-			j.argv = changed.Args
-			if j.what, j.by = p.approve(c.snap.policy, j.argv); !j.by.Allowed {
+			j.args = changed.Args
+			if j.what, j.decided = p.approve(c.snap.policy, j.args); !j.decided.Allowed {
 				return out, nil, c.denied(*j)
 			}
 		}
@@ -894,7 +903,7 @@ func (c *call) inSlot(j *job, release func()) (out outcome, result map[string]an
 // hook runs one hook of the job's plugin in the job's slot.
 func (c *call) hook(j *job, which string, out *outcome) (hookOutput, *apiError) {
 	p := j.plugin
-	in := hookInput{Args: c.redactAll(j.argv), OriginalArgs: c.redactAll(j.sent), Request: c.hookRequest(),
+	in := hookInput{Args: c.redactAll(j.args), OriginalArgs: c.redactAll(j.sent), Request: c.hookRequest(),
 		Plugin: hookPlugin{Name: p.Name, Type: p.Type, Command: p.Command, Invoke: p.Invoke}}
 	if out != nil {
 		var result bytes.Buffer
@@ -906,7 +915,7 @@ func (c *call) hook(j *job, which string, out *outcome) (hookOutput, *apiError) 
 	answer, err := p.runHook(c.r.Context(), which, in, func(_ context.Context, what approved, stdin []byte) outcome {
 		cmd := c.command(what)
 		cmd.stdin, cmd.cred = stdin, nil // a hook runs as the server's user
-		return c.audited(cmd, c.jobRecord(job{argv: what.argv, sent: what.argv, plugin: p}))
+		return c.audited(cmd, c.jobRecord(job{args: what.argv, sent: what.argv, plugin: p}))
 	})
 	switch {
 	case c.unaudited:
@@ -990,14 +999,14 @@ func (c *call) record(event string) auditRecord {
 
 func (c *call) jobRecord(j job) auditRecord {
 	r := c.record("")
-	r.Mode, r.Argv, r.Cwd, r.ACLDecision, r.Rule = "buffered", j.argv, c.snap.cwd, "allow", j.by.Rule
+	r.Mode, r.Argv, r.Cwd, r.ACLDecision, r.Rule = "buffered", j.args, c.snap.cwd, "allow", j.decided.Rule
 	if j.stream {
 		r.Mode = "stream"
 	}
 	if j.plugin != nil {
 		r.Plugin = j.plugin.Name
 	}
-	if !slices.Equal(j.argv, j.sent) {
+	if !slices.Equal(j.args, j.sent) {
 		r.OriginalArgv = j.sent
 	}
 	return r
@@ -1005,9 +1014,9 @@ func (c *call) jobRecord(j job) auditRecord {
 
 func (c *call) denied(j job) *apiError {
 	e := newError("command_not_allowed")
-	if j.by.List == "deny" {
+	if j.decided.List == "deny" {
 		e = newError("command_denied")
-		e.Rule = j.by.Rule
+		e.Rule = j.decided.Rule
 	}
 	r := c.jobRecord(j)
 	r.Event, r.ACLDecision, r.DenialReason = "exec_denied", "deny", e.Code
@@ -1015,11 +1024,11 @@ func (c *call) denied(j job) *apiError {
 	return e
 }
 
-// json answers with one JSON value.
+// json answers with one JSON value, in which no text from outside, and no rule, takes the key along.
 func (c *call) json(status int, v any) *apiError {
 	c.Header().Set("Content-Type", "application/json")
 	c.WriteHeader(status)
-	c.Write(append(marshal(v), '\n'))
+	c.Write([]byte(c.s.redact(string(marshal(v))) + "\n"))
 	return nil
 }
 
@@ -1034,9 +1043,8 @@ func marshal(v any) []byte {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
-// fail answers with an error, and with what a command printed before it. Nothing that came from outside takes the key back out.
+// fail answers with an error, and with what a command printed before it.
 func (c *call) fail(e *apiError) {
-	e.Message, e.Hint, e.Rule, e.Fields = c.s.redact(e.Message), c.s.redact(e.Hint), c.s.redact(e.Rule), c.redactAll(e.Fields)
 	c.Header().Set("Cache-Control", "no-store")
 	if e.allow != "" {
 		c.Header().Set("Allow", e.allow)
@@ -1281,7 +1289,9 @@ func (k *streamSink) line(stream int, p []byte, last bool) []byte {
 func (k *streamSink) finish(out outcome) *apiError {
 	last := endingOf(&out, k.c.endError(&out, true))
 	if k.text {
-		k.c.Header().Set("X-Exec-Error", last.Error)
+		if last.Error != "" {
+			k.c.Header().Set("X-Exec-Error", last.Error)
+		}
 		if out.end == endExit || out.end == endStart {
 			k.c.Header().Set("X-Exit-Code", shellCode(&out))
 		}
@@ -1304,9 +1314,12 @@ type document struct {
 func (s *server) readSkills() error {
 	root, err := skillFiles.ReadFile("skills/_root.md")
 	s.root = string(root)
-	files, _ := fs.Glob(skillFiles, "skills/*/SKILL.md")
-	for _, file := range files {
-		d := document{}
+	dirs, _ := skillFiles.ReadDir("skills")
+	for _, dir := range dirs {
+		if !dir.IsDir() {
+			continue
+		}
+		d, file := document{}, "skills/"+dir.Name()+"/SKILL.md"
 		if d.markdown, err = skillFiles.ReadFile(file); err == nil {
 			d.name, d.description, err = frontmatter(d.markdown)
 		}
@@ -1486,8 +1499,10 @@ func renderHTML(doc []byte) []byte {
 			enter("pre")
 		case block == "pre":
 			b.WriteString(html.EscapeString(line) + "\n")
-		case words == "" && block != "ul" && block != "ol":
-			enter("")
+		case words == "":
+			if block == "p" || block == "table" {
+				enter("")
+			}
 		case mark != "" && len(mark) <= 6 && strings.Trim(mark, "#") == "":
 			enter("")
 			fmt.Fprintf(&b, "<h%d>%s</h%[1]d>\n", len(mark), inlineHTML(rest))
@@ -1501,7 +1516,7 @@ func renderHTML(doc []byte) []byte {
 			enter("table")
 			if strings.Trim(words, "|-: ") != "" {
 				cells := strings.Split(strings.Trim(strings.ReplaceAll(words, `\|`, "\x00"), "| "), "|")
-				b.WriteString("<tr><td>" + strings.ReplaceAll(inlineHTML(strings.Join(cells, "\x01")), "\x01", "<td>") + "\n")
+				b.WriteString("<tr><td>" + strings.NewReplacer("\x00", "|", "\x01", "<td>").Replace(inlineHTML(strings.Join(cells, "\x01"))) + "\n")
 			}
 		default:
 			if block == "" || block == "table" || !strings.HasPrefix(line, " ") {

@@ -44,6 +44,16 @@ func lockFile(f *os.File) (bool, error) {
 	return err == nil, err
 }
 
+// lockLog takes the lock of an audit log (flock(2)); false if it is taken. Unlike fcntl's it holds between descriptors of one
+// process too, and is not lost when the process closes another descriptor of the file.
+func lockLog(f *os.File) (bool, error) {
+	err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+	if err == unix.EWOULDBLOCK {
+		return false, nil
+	}
+	return err == nil, err
+}
+
 // lockHolder asks the kernel who has a lock on the file (F_GETLK). The pid is 0 or less where it cannot be seen from here.
 func lockHolder(f *os.File) (pid int, held bool, err error) {
 	l := unix.Flock_t{Type: unix.F_WRLCK}

@@ -1,0 +1,664 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// cliRun plays one command line in this process, at a terminal or not, with what is typed as standard input.
+type cliPlay struct {
+	typed           string
+	inTerm, outTerm bool
+	beneath         bool
+	code            int
+	out, err        bytes.Buffer
+	args            []string
+}
+
+func (p *cliPlay) run(args ...string) *cliPlay {
+	p.args = args
+	t := &terminal{in: strings.NewReader(p.typed), out: escapeWriter{&p.out}, err: escapeWriter{&p.err}, inTerm: p.inTerm, outTerm: p.outTerm, beneath: p.beneath}
+	p.code = t.main(args)
+	return p
+}
+
+// want checks the exit code and that both streams hold what they should; "" wants nothing at all there.
+func (p *cliPlay) want(t *testing.T, code int, out, err string) {
+	t.Helper()
+	if p.code != code || !strings.Contains(p.out.String(), out) || !strings.Contains(p.err.String(), err) ||
+		out == "" && p.out.Len() > 0 || err == "" && p.err.Len() > 0 {
+		t.Errorf("aexec %q: exit %d, want %d\nout, want %q: %s\nerr, want %q: %s", p.args, p.code, code, out, &p.out, err, &p.err)
+	}
+}
+
+// cliHome makes a configuration directory of the test's own, set up.
+func cliHome(t *testing.T) paths {
+	t.Helper()
+	t.Setenv("AGENT_EXEC_CONFIG_DIR", filepath.Join(t.TempDir(), "conf"))
+	if p := new(cliPlay).run("setup", "--yes"); p.code != 0 {
+		t.Fatalf("setup: exit %d: %s%s", p.code, &p.out, &p.err)
+	}
+	p, err := configPaths()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return p
+}
+
+func cliWrite(t *testing.T, file, text string) {
+	t.Helper()
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func cliRead(t *testing.T, file string) string {
+	t.Helper()
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+func cliKey(t *testing.T, p paths) string {
+	t.Helper()
+	m := regexp.MustCompile(`(?m)^API_KEY=(\S+)$`).FindStringSubmatch(cliRead(t, p.env))
+	if m == nil {
+		t.Fatalf("no key in %s", p.env)
+	}
+	return m[1]
+}
+
+// cliReal runs the built program, as a person would, without a terminal.
+func cliReal(t *testing.T, code int, args ...string) (stdout, stderr string) {
+	t.Helper()
+	c := exec.CommandContext(t.Context(), buildBinary(t), args...)
+	var out, errs bytes.Buffer
+	c.Stdout, c.Stderr = &out, &errs
+	err := c.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatal(err)
+	}
+	if got := c.ProcessState.ExitCode(); got != code {
+		t.Errorf("aexec %q: exit %d, want %d\n%s%s", args, got, code, &out, &errs)
+	}
+	return out.String(), errs.String()
+}
+
+// cliStarted starts a real server in the background on a free port, and stops it when the test ends.
+func cliStarted(t *testing.T) (address string) {
+	t.Helper()
+	t.Cleanup(func() {
+		c := exec.Command(buildBinary(t), "stop")
+		if out, err := c.CombinedOutput(); err != nil && !strings.Contains(string(out), "not running") {
+			t.Errorf("stop: %v: %s", err, out)
+		}
+	})
+	out, _ := cliReal(t, 0, "start", "--port", "0")
+	return cliAddress(t, out)
+}
+
+func cliAddress(t *testing.T, out string) string {
+	t.Helper()
+	m := regexp.MustCompile(`(?m)^started: http://(\S+), pid \d+$`).FindStringSubmatch(out)
+	if m == nil {
+		t.Fatalf("no address in %q", out)
+	}
+	return m[1]
+}
+
+func cliRequest(t *testing.T, method, url, key, body string) (int, string) {
+	t.Helper()
+	r, err := http.NewRequestWithContext(t.Context(), method, url, strings.NewReader(body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Header.Set("Content-Type", "application/json")
+	if key != "" {
+		r.Header.Set("X-API-Key", key)
+	}
+	answer, err := (&http.Client{Transport: &http.Transport{DisableKeepAlives: true}}).Do(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer answer.Body.Close()
+	data, err := io.ReadAll(answer.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return answer.StatusCode, string(data)
+}
+
+func TestCLIHelp(t *testing.T) {
+	names := []string{"", "acl", "plugin", "key"}
+	for _, c := range cliCommands() {
+		names = append(names, c.name)
+	}
+	for _, name := range names {
+		words := strings.Fields(name)
+		p := new(cliPlay).run(append(words, "--help")...)
+		p.want(t, 0, "usage: aexec", "")
+		golden := filepath.Join("testdata", "cli", "help", cmpOr(strings.ReplaceAll(name, " ", "-"), "aexec")+".txt")
+		if os.Getenv("AEXEC_UPDATE_GOLDEN") != "" {
+			if err := os.MkdirAll(filepath.Dir(golden), 0o755); err != nil {
+				t.Fatal(err)
+			}
+			cliWrite(t, golden, p.out.String())
+		}
+		if want := cliRead(t, golden); p.out.String() != want {
+			t.Errorf("help of %q is not that of %s:\n%s", name, golden, &p.out)
+		}
+		for _, other := range [][]string{append(words, "-h"), append([]string{"help"}, words...)} {
+			if q := new(cliPlay).run(other...); q.out.String() != p.out.String() || q.code != 0 {
+				t.Errorf("aexec %q says something else than --help: %d\n%s", other, q.code, &q.out)
+			}
+		}
+	}
+}
+
+func cmpOr(a, b string) string {
+	if a == "" {
+		return b
+	}
+	return a
+}
+
+func TestCLIUsageErrors(t *testing.T) {
+	p := cliHome(t)
+	for _, c := range []struct {
+		line, usage, says string
+	}{
+		{"", "aexec COMMAND", "something is missing"},
+		{"nonsense", "aexec COMMAND", `unknown command "nonsense"`},
+		{"acl", "aexec acl COMMAND", "something is missing"},
+		{"acl nonsense", "aexec acl COMMAND", `unknown command "acl nonsense"`},
+		{"plugin nonsense --name x", "aexec plugin COMMAND", `unknown command "plugin nonsense"`},
+		{"help nonsense", "aexec help", `unknown command "nonsense"`},
+		{"help acl nonsense", "aexec help", `unknown command "acl nonsense"`},
+		{"status extra", "aexec status", `unexpected argument "extra"`},
+		{"status --nonsense", "aexec status", "nonsense"},
+		{"status --json=perhaps", "aexec status", "json"},
+		{"version extra", "aexec version", `unexpected argument "extra"`},
+		{"start --port", "aexec start", "port"},
+		{"start --port x", "aexec start", `"x" is not a number`},
+		{"start --port 65536", "aexec start", `"65536" is not a number from 0 to 65535`},
+		{"start --public --host 127.0.0.1", "aexec start", "exclude each other"},
+		{"restart --port -1", "aexec restart", `"-1" is not a number`},
+		{"stop --port 3333", "aexec stop", "--force"},
+		{"stop --force --port 0", "aexec stop", `"0" is not a number from 1 to 65535`},
+		{"share --local --all", "aexec share", "exclude each other"},
+		{"share --ip http://x", "aexec share", `"http://x"`},
+		{"acl check", "aexec acl check", "something is missing"},
+		{"acl check --", "aexec acl check", "something is missing"},
+		{"acl add", "aexec acl add", "something is missing"},
+		{"acl add a b", "aexec acl add", `unexpected argument "b"`},
+		{`acl add ["git",1]`, "aexec acl add", "not a JSON array of strings"},
+		{"audit -n x", "aexec audit", `"x" is not a number`},
+		{"audit verify --head 12", "aexec audit verify", `"12" is not a head`},
+		{"audit verify a b", "aexec audit verify", `unexpected argument "b"`},
+		{"plugin create --command git", "aexec plugin create", "--name is missing"},
+		{"plugin create --name git", "aexec plugin create", "--command is missing"},
+		{"plugin enable", "aexec plugin enable", "--name is missing"},
+		{"plugin remove", "aexec plugin remove", "--name is missing"},
+	} {
+		q := new(cliPlay).run(strings.Fields(c.line)...)
+		q.want(t, 2, "", c.says)
+		if !strings.Contains(q.err.String(), "\nusage: "+c.usage) {
+			t.Errorf("aexec %s does not show the usage of %q:\n%s", c.line, c.usage, &q.err)
+		}
+	}
+	if _, err := os.Stat(p.pid); err == nil {
+		t.Error("a usage error started a server")
+	}
+}
+
+func TestCLIFlagsStandWhereAPersonPutsThem(t *testing.T) {
+	for _, c := range []struct {
+		line  string
+		wraps bool
+		want  []string
+		force bool
+	}{
+		{"--force a", false, []string{"a"}, true},
+		{"a --force", false, []string{"a"}, true},
+		{"a --force b", false, []string{"a", "b"}, true},
+		{"-- a --force", false, []string{"a", "--force"}, false},
+		{"a -- --force", false, []string{"a", "--force"}, false},
+		{"--force -- --force --", false, []string{"--force", "--"}, true},
+		{"--force a --force=false", false, []string{"a"}, false},
+		{"git --force", true, []string{"git", "--force"}, false},
+		{"--force git -s", true, []string{"git", "-s"}, true},
+		{"--force -- -s", true, []string{"-s"}, true},
+		{"git -- -s", true, []string{"git", "--", "-s"}, false},
+	} {
+		fs := flag.NewFlagSet("", flag.ContinueOnError)
+		force := fs.Bool("force", false, "")
+		got, err := parseFlags(fs, strings.Fields(c.line), c.wraps)
+		if err != nil || !slices.Equal(got, c.want) || *force != c.force {
+			t.Errorf("%q: %q, force %v, %v", c.line, got, *force, err)
+		}
+	}
+}
+
+func TestCLIHosts(t *testing.T) {
+	for text, want := range map[string]string{
+		"192.0.2.7": "192.0.2.7", "::1": "::1", "[2001:db8::1]": "2001:db8::1", "2001:DB8::0:1": "2001:db8::1", "::ffff:192.0.2.7": "::ffff:192.0.2.7",
+		"localhost": "localhost", "canary.example.org": "canary.example.org", "canary.example.org.": "canary.example.org.", "my_host.lan": "my_host.lan", "7of9.example": "7of9.example",
+	} {
+		if got, err := cleanHost(text); got != want || err != nil {
+			t.Errorf("%q: %q, %v", text, got, err)
+		}
+	}
+	for _, junk := range []string{
+		"", " ", "0.0.0.0", "::", "[::]", "10.0.0.256", "1.2.3", "10.0.0.1:80", "[::1", "::1]", "[[::1]]", "[10.0.0.1]", "[host]", "fe80::1%eth0", "http://host", "host/path", "host:80",
+		"user@host", "ho st", "host\n", "\x1b[31mhost", "höst", "-host", "host-", "a..b", ".", "host?x", "host#x", "ho\u202est", strings.Repeat("a", 64), strings.Repeat("a.", 130) + "a",
+	} {
+		if got, err := cleanHost(junk); err == nil {
+			t.Errorf("%q is taken for the host %q", junk, got)
+		}
+	}
+}
+
+func TestCLISharedHosts(t *testing.T) {
+	for _, c := range []struct {
+		bound, ip string
+		local     bool
+		want      string
+	}{
+		{"127.0.0.1", "", false, "127.0.0.1"},
+		{"192.0.2.7", "", false, "192.0.2.7"},
+		{"192.0.2.7", "", true, "127.0.0.1"},
+		{"0.0.0.0", "", false, "127.0.0.1"},
+		{"::", "", false, "127.0.0.1"},
+		{"", "", false, "127.0.0.1"},
+		{"::1", "", false, "::1"},
+		{"::1", "", true, "::1"},
+		{"localhost", "", false, "localhost"},
+		{"127.0.0.1", "[2001:db8::1]", false, "2001:db8::1"},
+	} {
+		got, err := shareHosts(c.bound, c.ip, c.local, false)
+		if err != nil || !slices.Equal(got, []string{c.want}) {
+			t.Errorf("%+v: %q, %v", c, got, err)
+		}
+	}
+	all, err := shareHosts("0.0.0.0", "", false, true)
+	if err != nil || len(all) == 0 {
+		t.Errorf("--all: %q, %v", all, err)
+	}
+	for _, host := range all {
+		if clean, err := cleanHost(host); err != nil || clean != host {
+			t.Errorf("--all gives %q: %v", host, err)
+		}
+	}
+}
+
+// hostile is text that would play tricks on a terminal.
+const hostile = "a\x1b[31mb\u009bc\u202ed\u2066e\x07f\rg\u200bh\U000e0041i"
+
+// cliTricks finds a character that has no place on a terminal.
+func cliTricks(text string) string {
+	for _, c := range text {
+		if c != '\n' && (c < ' ' || c >= 0x7f && c < 0xa0 || strings.ContainsRune("\u202e\u2066\u200b\U000e0041", c)) {
+			return fmt.Sprintf("%U", c)
+		}
+	}
+	return ""
+}
+
+func TestCLIEscapes(t *testing.T) {
+	var b bytes.Buffer
+	if n, err := (escapeWriter{&b}).Write([]byte(hostile + "\n")); n != len(hostile)+1 || err != nil {
+		t.Errorf("%d, %v", n, err)
+	}
+	want := `a\u001b[31mb\u009bc\u202ed\u2066e\u0007f\u000dg\u200bh\udb40\udc41i` + "\n"
+	if b.String() != want {
+		t.Errorf("got  %s\nwant %s", &b, want)
+	}
+	b.Reset()
+	encoded, _ := json.Marshal(map[string]string{"x": hostile, "é漢": "\t\"\\"})
+	(escapeWriter{&b}).Write(encoded)
+	got := map[string]string{}
+	if err := json.Unmarshal(b.Bytes(), &got); err != nil || got["x"] != hostile || got["é漢"] != "\t\"\\" {
+		t.Errorf("%q, %v", got, err)
+	}
+}
+
+func TestCLIShowsForeignTextQuoted(t *testing.T) {
+	p := cliHome(t)
+	record, _ := json.Marshal(auditRecord{Seq: 1, Timestamp: hostile, Event: hostile, SourceIP: hostile, Argv: []string{"echo", hostile, "two words"}, Reason: hostile, Prev: strings.Repeat("0", 64)})
+	cliWrite(t, p.audit, string(record)+"\n"+hostile+"\n")
+	dir := filepath.Join(p.plugins, "tool")
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	cliWrite(t, filepath.Join(dir, "settings.json"), `{"plugin":{"command":"tool"}}`)
+	cliWrite(t, filepath.Join(dir, "SKILL.md"), "---\nname: tool\ndescription: "+hostile+"\n---\n")
+	if err := os.Mkdir(filepath.Join(p.plugins, hostile), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		args []string
+		says string
+	}{
+		{[]string{"acl", "check", "--", "echo", hostile, "two words"}, `"echo" "a\x1b[31mb\u009bc\u202ed`},
+		{[]string{"acl", "check", "--json", "--", "echo", hostile}, "allowed"},
+		{[]string{"acl", "add", hostile}, ""},
+		{[]string{"acl", "remove", hostile}, ""},
+		{[]string{"audit"}, `"echo" "a\x1b[31mb\u009bc\u202ed`},
+		{[]string{"audit", "--json"}, `"seq":1`},
+		{[]string{"audit", "verify"}, ""},
+		{[]string{"audit", "verify", hostile}, ""},
+		{[]string{"plugin", "list"}, `"tool"`},
+		{[]string{"plugin", "list", "--json"}, `"tool"`},
+		{[]string{"plugin", "doctor"}, "error"},
+		{[]string{"plugin", "enable", "--name", hostile}, ""},
+		{[]string{"plugin", "create", "--name", "x", "--command", hostile}, ""},
+		{[]string{"status"}, "plugin"},
+		{[]string{"status", "--json"}, "plugin"},
+		{[]string{"share", "--ip", hostile}, ""},
+		{[]string{"status", "--" + hostile}, ""},
+		{[]string{hostile}, ""},
+		{[]string{"help", hostile}, ""},
+		{[]string{"start", "--host", hostile, "--port", hostile}, ""},
+	} {
+		q := new(cliPlay).run(c.args...)
+		if trick := cliTricks(q.out.String() + q.err.String()); trick != "" || !strings.Contains(q.out.String(), c.says) {
+			t.Errorf("aexec %q prints %s (want %q):\n%q\n%q", c.args, trick, c.says, &q.out, &q.err)
+		}
+		if q.out.Len()+q.err.Len() == 0 {
+			t.Errorf("aexec %q prints nothing", c.args)
+		}
+	}
+}
+
+func TestCLISetup(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "conf")
+	t.Setenv("AGENT_EXEC_CONFIG_DIR", dir)
+	(&cliPlay{typed: "no\n", inTerm: true}).run("setup").want(t, 1, "", "nothing was created")
+	(&cliPlay{inTerm: true}).run("setup").want(t, 1, "", "nothing was created")
+	if _, err := os.Lstat(dir); err == nil {
+		t.Error("it asked, and created without an answer")
+	}
+	first := (&cliPlay{typed: "y\n", inTerm: true}).run("setup")
+	first.want(t, 0, "next: aexec start", "[y/N]")
+	p, err := configPaths()
+	if err != nil {
+		t.Fatal(err)
+	}
+	key := cliKey(t, p)
+	again := new(cliPlay).run("setup")
+	again.want(t, 0, "kept", "")
+	if cliKey(t, p) != key {
+		t.Error("a second setup changed the key")
+	}
+	if strings.Contains(first.out.String()+first.err.String()+again.out.String(), key) {
+		t.Error("setup prints the key")
+	}
+}
+
+func TestCLIShareOnATerminal(t *testing.T) {
+	p := cliHome(t)
+	key, prompt := cliKey(t, p), "You have access to a machine through agent-exec.\nURL: http://127.0.0.1:3333\nAPI_KEY: "+cliKey(t, p)+"\nStart here:\nhttp://127.0.0.1:3333/SKILL.md\n"
+	line := strings.Repeat("-", 60) + "\n"
+	if q := new(cliPlay).run("share"); q.code != 0 || q.out.String() != prompt {
+		t.Errorf("piped, exit %d:\n%s", q.code, &q.out)
+	}
+	for typed, shown := range map[string]bool{"": false, "\n": false, "n\n": false, "y\n": true, "YES\n": true} {
+		q := (&cliPlay{typed: typed, inTerm: true, outTerm: true}).run("share")
+		if !shown && (q.code != 1 || strings.Contains(q.out.String()+q.err.String(), key)) || shown && (q.code != 0 || q.out.String() != line+prompt+line) {
+			t.Errorf("answer %q: exit %d\n%s%s", typed, q.code, &q.out, &q.err)
+		}
+		if !strings.Contains(q.err.String(), "show it? [y/N]") {
+			t.Errorf("no question: %s", &q.err)
+		}
+	}
+	q := (&cliPlay{outTerm: true}).run("share", "--show-key", "--safe")
+	if q.code != 0 || q.out.String() != line+prompt+safetyNotes+line || strings.Contains(q.err.String(), "show it?") {
+		t.Errorf("--show-key: %s%s", &q.out, &q.err)
+	}
+	new(cliPlay).run("share", "--ip", "[2001:db8::1]").want(t, 0, "\nhttp://[2001:db8::1]:3333/SKILL.md\n", "not running")
+	new(cliPlay).run("share", "--ip", "192.0.2.7").want(t, 0, "URL: http://192.0.2.7:3333\n", "listens on 127.0.0.1 only")
+	if all := new(cliPlay).run("share", "--all"); strings.Count(all.out.String(), "API_KEY: "+key) < 1 || all.code != 0 {
+		t.Errorf("--all: %d\n%s", all.code, &all.out)
+	}
+	cliWrite(t, p.env, "API_KEY="+key+"\nHOST=0.0.0.0\nPORT=0\n")
+	new(cliPlay).run("share").want(t, 1, "", "hint: aexec start")
+	cliWrite(t, p.env, "API_KEY="+key+"\nHOST=0.0.0.0\n")
+	new(cliPlay).run("share").want(t, 0, "URL: http://127.0.0.1:3333\n", "plain HTTP")
+	new(cliPlay).run("share").want(t, 0, "URL:", "AGENT_EXEC_ENABLED")
+}
+
+func TestCLIBeneathAServer(t *testing.T) {
+	cliHome(t)
+	reads := []string{"version", "help", "status", "acl list", "acl check", "plugin list", "audit verify"}
+	for _, c := range cliCommands() {
+		q := (&cliPlay{beneath: true}).run(append(strings.Fields(c.name), strings.Fields("x y")[:c.least]...)...)
+		refused := q.code == 1 && strings.Contains(q.err.String(), "does not administer itself")
+		if refused == slices.Contains(reads, c.name) {
+			t.Errorf("%s beneath a server: exit %d\n%s", c.name, q.code, &q.err)
+		}
+	}
+}
+
+func TestCLIPolicy(t *testing.T) {
+	p := cliHome(t)
+	before := cliRead(t, p.settings)
+	new(cliPlay).run("acl", "list").want(t, 0, `allow  "aexec --version"  settings.json`, "")
+	new(cliPlay).run("acl", "check", "aexec", "--version").want(t, 0, `allowed: "aexec" "--version": the allow rule "aexec --version"`, "")
+	new(cliPlay).run("acl", "check", "--", "git", "status", "-s").want(t, 1, `refused: "git" "status" "-s": no rule allows it`, "")
+	new(cliPlay).run("acl", "add", "*").want(t, 1, "", "hint: write a narrower one, or add --force")
+	if cliRead(t, p.settings) != before {
+		t.Error("a refused rule was written")
+	}
+	new(cliPlay).run("acl", "add", "/^git/i").want(t, 1, "", "(?i)")
+	new(cliPlay).run("acl", "add", `["git","status","..."]`, "--force").want(t, 0, `added to exec.allow: ["git","status","..."]`, "")
+	new(cliPlay).run("acl", "check", "git", "status", "-s").want(t, 0, `"git" "status" "-s"`, "")
+	new(cliPlay).run("acl", "add", "--deny", "*").want(t, 0, "added to exec.deny", "")
+	new(cliPlay).run("acl", "check", "--json", "git", "status").want(t, 1, `"list": "deny"`, "")
+	new(cliPlay).run("acl", "remove", "*").want(t, 1, "", "exec.allow")
+	new(cliPlay).run("acl", "remove", "*", "--deny").want(t, 0, "removed from exec.deny", "")
+	new(cliPlay).run("acl", "remove", `["git", "status", "..."]`).want(t, 0, "removed from exec.allow", "")
+	if cliRead(t, p.settings) != before {
+		t.Errorf("added and removed, and not as it was:\n%s", cliRead(t, p.settings))
+	}
+	new(cliPlay).run("acl", "doctor", "--strict").want(t, 0, "seat belt", "")
+	new(cliPlay).run("acl", "add", "--force", "*").want(t, 0, "added", "")
+	new(cliPlay).run("acl", "doctor").want(t, 0, `allow rule "*" of settings.json`, "")
+	new(cliPlay).run("acl", "doctor", "--strict", "--json").want(t, 1, `"code": "allow-all"`, "")
+}
+
+func TestCLITellsWhatIsWrong(t *testing.T) {
+	p := cliHome(t)
+	cliWrite(t, p.settings, "{\n  \"exec\": {\"allow\": [\"x\"]},\n  \"timeoutMS\": 1\n}\n")
+	new(cliPlay).run("status").want(t, 3, "settings.json:3:3", "")
+	new(cliPlay).run("config").want(t, 1, p.settings, "settings.json:3:3")
+	new(cliPlay).run("acl", "list").want(t, 1, "", "settings.json:3:3")
+	new(cliPlay).run("acl", "add", "y").want(t, 1, "", "timeoutMS")
+	new(cliPlay).run("restart").want(t, 1, "", "nothing was stopped")
+	new(cliPlay).run("share").want(t, 0, "API_KEY", "nothing is allowed")
+	cliWrite(t, p.settings, "{}")
+	if err := os.Chmod(p.env, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	new(cliPlay).run("config").want(t, 0, "chmod", "")
+	new(cliPlay).run("share").want(t, 1, "", "chmod")
+	t.Setenv("AGENT_EXEC_CONFIG_DIR", filepath.Join(t.TempDir(), "none"))
+	new(cliPlay).run("start").want(t, 1, "", "aexec setup")
+	new(cliPlay).run("share").want(t, 1, "", "aexec setup")
+	new(cliPlay).run("acl", "list").want(t, 1, "", "aexec setup")
+	new(cliPlay).run("status").want(t, 3, "not running", "")
+	new(cliPlay).run("stop").want(t, 1, "", "not running")
+	new(cliPlay).run("stop", "--force", "--port", "1").want(t, 1, "", "nothing listens on port 1")
+	new(cliPlay).run("audit").want(t, 1, "SEQ", "nothing is recorded yet")
+}
+
+func TestCLIJSONIsJSON(t *testing.T) {
+	cliHome(t)
+	for _, c := range []struct {
+		line string
+		code int
+	}{{"status --json", 3}, {"config --json", 0}, {"acl list --json", 0}, {"acl check --json -- x", 1}, {"acl doctor --json", 0}, {"plugin list --json", 0}, {"plugin doctor --json", 0}} {
+		q := new(cliPlay).run(strings.Fields(c.line)...)
+		if q.code != c.code || !json.Valid(q.out.Bytes()) || strings.Contains(q.out.String(), "null") {
+			t.Errorf("aexec %s: exit %d\n%s%s", c.line, q.code, &q.out, &q.err)
+		}
+	}
+}
+
+func init() {
+	helpers["cli-listen"] = func() {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			fmt.Println(err)
+			os.Exit(1)
+		}
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		fmt.Println(port)
+		io.Copy(io.Discard, os.Stdin) // until the test ends
+	}
+}
+
+func TestCLIStopForcePort(t *testing.T) {
+	cliHome(t)
+	port, c := cliListener(t)
+	new(cliPlay).run("restart", "--port", port).want(t, 1, "", "nothing was stopped")
+	new(cliPlay).run("restart", "--port", port).want(t, 1, "", fmt.Sprintf("pid %d, ", c.Process.Pid))
+	// This process is its parent, and must reap it for it to be gone.
+	gone := make(chan error)
+	go func() { gone <- c.Wait() }()
+	new(cliPlay).run("stop", "--force", "--port", port).want(t, 0, fmt.Sprintf("killing pid %d, ", c.Process.Pid), "")
+	if err := <-gone; err == nil || !strings.Contains(err.Error(), "killed") {
+		t.Errorf("the listener ended with %v", err)
+	}
+	new(cliPlay).run("stop", "--force", "--port", port).want(t, 1, "", "nothing listens on port "+port)
+}
+
+// cliListener starts a process that is not aexec and listens on a port of 127.0.0.1 until the test ends.
+func cliListener(t *testing.T) (port string, c *exec.Cmd) {
+	t.Helper()
+	c = helperCommand(t, "cli-listen")
+	in, err := c.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { in.Close() })
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	fmt.Fscanln(out, &port)
+	return port, c
+}
+
+// TestCLIWalk is a newcomer's day with the real program.
+func TestCLIWalk(t *testing.T) {
+	buildBinary(t) // while HOME still has the build cache
+	t.Setenv("AGENT_EXEC_CONFIG_DIR", "")
+	t.Setenv("HOME", t.TempDir())
+	said := "" // everything but what share says
+	do := func(code int, args ...string) string {
+		t.Helper()
+		out, errs := cliReal(t, code, args...)
+		if args[0] != "share" {
+			said += out
+		}
+		said += errs
+		return out + errs
+	}
+	want := func(text, part string) {
+		t.Helper()
+		if !strings.Contains(text, part) {
+			t.Errorf("want %q in:\n%s", part, text)
+		}
+	}
+	want(do(1, "start"), "aexec setup")
+	do(0, "setup")
+	p, err := configPaths()
+	if err != nil {
+		t.Fatal(err)
+	}
+	oldKey := cliKey(t, p)
+	address := cliStarted(t)
+	want(do(1, "start"), "already running")
+	want(do(0, "status"), address)
+	want(do(0, "share"), "URL: http://"+address+"\nAPI_KEY: "+oldKey+"\n")
+	want(do(0, "share", "--check"), "http://"+address+": ok")
+
+	run := func(key string, status int, body, part string) {
+		t.Helper()
+		code, answer := cliRequest(t, "POST", "http://"+address+"/api/exec", key, body)
+		if code != status || !strings.Contains(answer, part) {
+			t.Errorf("%s: %d %s, want %d %q", body, code, answer, status, part)
+		}
+	}
+	if code, guide := cliRequest(t, "GET", "http://"+address+"/SKILL.md", "", ""); code != 200 {
+		t.Errorf("/SKILL.md: %d %s", code, guide)
+	}
+	run(oldKey, 200, `{"args":["aexec","--version"]}`, `agent-exec v0.1.0\n`)
+	run(oldKey, 403, `{"args":["aexec","stop"]}`, "command_not_allowed")
+	do(0, "acl", "add", "aexec stop")
+	do(0, "acl", "add", "aexec status")
+	run(oldKey, 200, `{"args":["aexec","stop"]}`, "does not administer itself")
+	run(oldKey, 200, `{"args":["aexec","status"]}`, `"exitCode":0`)
+
+	want(do(0, "key", "rotate"), "the old key holds until: aexec restart")
+	newKey := cliKey(t, p)
+	want(do(0, "status"), "API_KEY")
+	want(do(0, "share"), "wants another key")
+	want(do(1, "share", "--check"), "refuses the key")
+	run(newKey, 401, `{"args":["aexec","--version"]}`, "unauthorized")
+	restarted := do(0, "restart", "--port", "0")
+	if now := cliAddress(t, restarted); now != address {
+		want(restarted, "the address changes from http://"+address+" to http://"+now)
+		address = now
+	}
+	run(newKey, 200, `{"args":["aexec","--version"]}`, `agent-exec v0.1.0\n`)
+	run(oldKey, 401, `{"args":["aexec","--version"]}`, "unauthorized")
+
+	want(do(0, "audit"), `"aexec" "--version"`)
+	want(do(0, "audit", "-n", "1", "--json"), `"event":"auth_failed"`)
+	verified := do(0, "audit", "verify")
+	want(verified, "ok: ")
+	head := regexp.MustCompile(`(?m)^head (\S+)$`).FindStringSubmatch(verified)
+	if head == nil {
+		t.Fatalf("no head in %q", verified)
+	}
+	want(do(0, "status"), head[1])
+	cliWrite(t, p.settings, "{")
+	want(do(0, "status"), "settings.json:1:")
+	want(do(1, "restart"), "nothing was stopped")
+	run(newKey, 503, `{"args":["aexec","--version"]}`, "settings_invalid")
+	want(do(1, "share", "--check"), "503")
+	cliWrite(t, p.settings, `{"exec":{"allow":["aexec --version"]}}`)
+	want(do(0, "stop"), "stopped: pid ")
+	want(do(3, "status"), "not running")
+	want(do(1, "stop"), "not running")
+	want(do(0, "audit", "verify", "--head", head[1]), "ok: ")
+	want(do(1, "share", "--check"), "refused")
+	for _, key := range []string{oldKey, newKey} {
+		if strings.Contains(said, key) {
+			t.Error("the key was printed by another command than share")
+		}
+		if log := cliRead(t, p.log) + cliRead(t, p.audit); strings.Contains(log, key) {
+			t.Error("the key is in a log")
+		}
+	}
+}
