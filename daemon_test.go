@@ -256,7 +256,12 @@ func startHelper(t *testing.T, name string, args ...string) (*exec.Cmd, string) 
 // startBystander starts a process that nobody may harm, and checks that at the test's end.
 func startBystander(t *testing.T) (pid int) {
 	t.Helper()
-	c := helperCommand(t, "echo")
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := exec.Command(self) // helperCommand's would end with the test's context, before the clean-up
+	c.Env = append(os.Environ(), helperEnv("echo"))
 	in, err := c.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
