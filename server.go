@@ -6,6 +6,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"embed"
@@ -53,7 +54,6 @@ const (
 	maxPipelined       = 64 << 10               // bytes that a client may send behind a running command
 	maxRateClients     = 4096                   // addresses with a rate limit of their own, for each class
 	encodeBytes        = 64 << 10               // bytes of an answer that are encoded at a time
-	maxEndpoint        = 256                    // bytes of a path in the audit log
 	slotRetryAfter     = time.Second
 	settingsRetryAfter = 5 * time.Second
 )
@@ -145,7 +145,8 @@ type server struct {
 	address   string        // what it listens on, host:port
 	auditFile string        // where the settings name none
 	maxBody   int64         // these and all below are set by prepare
-	stall     time.Duration // writeTimeout, or less in tests
+	stall     time.Duration // writeTimeout, and
+	patience  time.Duration // requestTimeout, but less in tests
 	mux       *http.ServeMux
 	skills    []document // embedded
 	root      string     // the guide of GET /, with places for the URL and the version
@@ -163,7 +164,7 @@ func listen(host string, port int) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%q is in use by another program: choose another port with --port, or see who holds it with `aexec stop --force --port %d`", address, port)
+		return nil, fmt.Errorf("%q is in use by another program: choose another port with --port, or end that program (`aexec stop --force --port %d` names it and kills it)", address, port)
 	case errors.Is(err, syscall.EACCES):
 		return nil, fmt.Errorf("%q may not be bound by this user: choose a port of 1024 or more with --port", address)
 	case err != nil:
@@ -179,7 +180,7 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 	}
 	h := &http.Server{
 		Handler: s, ErrorLog: s.log, ConnState: s.connState, ConnContext: withConn, DisableGeneralOptionsHandler: true,
-		ReadHeaderTimeout: headerTimeout, ReadTimeout: requestTimeout, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeadBytes,
+		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeadBytes,
 	}
 	ended := make(chan error, 1)
 	go func() { ended <- h.Serve(watchedListener{l}) }()
@@ -213,12 +214,8 @@ func (s *server) prepare(address string) error {
 	if err != nil {
 		return err
 	}
-	if s.address == "" {
-		s.address = address
-	}
-	if s.stall == 0 {
-		s.stall = writeTimeout
-	}
+	s.address = cmp.Or(s.address, address)
+	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
 	s.maxBody, s.waiting = snap.MaxRequestBodyBytes, map[net.Conn]time.Time{}
 	s.keyless, s.withKey = newLimiter(snap), newLimiter(snap)
 	if u, err := user.Current(); err == nil {
@@ -238,8 +235,8 @@ func (s *server) routes() error {
 		"GET /SKILL.md":                       (*call).mainSkill,
 		"GET /skills":                         (*call).skillIndex,
 		"GET /skills/{name}/SKILL.md":         (*call).publicSkill,
-		"GET /private/skills/{name}/SKILL.md": (*call).privateSkill,
-		"GET /private/skills/{name}/references/{file}": (*call).reference,
+		"GET /private/skills/{name}/SKILL.md": (*call).pluginDocument,
+		"GET /private/skills/{name}/references/{file}": (*call).pluginDocument,
 		"GET /api/acl":        (*call).acl,
 		"POST /api/acl/check": (*call).aclCheck,
 		"GET /api/plugins":    (*call).pluginList,
@@ -279,25 +276,26 @@ func (s *server) connState(conn net.Conn, state http.ConnState) {
 	s.connMu.Lock()
 	defer s.connMu.Unlock()
 	delete(s.waiting, conn)
-	if state == http.StateNew || state == http.StateIdle {
+	switch state {
+	case http.StateNew:
+		s.conns++
 		s.waiting[conn] = time.Now()
-	}
-	if state == http.StateClosed {
+	case http.StateIdle:
+		s.waiting[conn] = time.Now()
+	case http.StateClosed:
 		s.conns--
 	}
-	if state == http.StateNew {
-		s.conns++
-		oldest := conn
-		for other, since := range s.waiting {
-			if s.conns > maxConns && since.Before(s.waiting[oldest]) {
-				oldest = other
-			}
-		}
-		if s.conns > maxConns {
-			delete(s.waiting, oldest)
-			oldest.Close()
+	if state != http.StateNew || s.conns <= maxConns {
+		return
+	}
+	oldest := conn
+	for other, since := range s.waiting {
+		if since.Before(s.waiting[oldest]) {
+			oldest = other
 		}
 	}
+	delete(s.waiting, oldest)
+	oldest.Close()
 }
 
 // watchedConn keeps what a client sends, for two things that net/http hides: a Content-Length beside a Transfer-Encoding
@@ -511,11 +509,7 @@ func (s *server) announce(snap *snapshot, news reload, err error) {
 		return
 	}
 	s.log.Print("settings reloaded")
-	file := snap.AuditFile
-	if file == "" {
-		file = s.auditFile
-	}
-	if err := s.audit.reconfigure(file, snap.AuditEnabled); err != nil {
+	if err := s.audit.reconfigure(cmp.Or(snap.AuditFile, s.auditFile), snap.AuditEnabled); err != nil {
 		s.log.Printf("cannot follow the audit settings: %v", err)
 	}
 	s.note(auditRecord{Event: "settings_reloaded"})
@@ -688,8 +682,8 @@ func (c *call) checkQuery() (e *apiError) {
 	return nil
 }
 
-// readBody reads the body to its end; only then does net/http notice that the client has gone.
-func (c *call) readBody() ([]byte, *apiError) {
+// readArgs is the body gate. It reads the body to its end: only then does net/http notice that the client has gone.
+func (c *call) readArgs() ([]string, *apiError) {
 	kind, _, err := mime.ParseMediaType(c.r.Header.Get("Content-Type"))
 	if err != nil || kind != "application/json" || len(c.r.Header["Content-Type"]) > 1 {
 		return nil, newError("unsupported_media_type")
@@ -702,7 +696,9 @@ func (c *call) readBody() ([]byte, *apiError) {
 	case errors.As(err, new(*http.MaxBytesError)):
 		return nil, newError("body_too_large")
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, newError("timeout").because("The body did not arrive within %v, so nothing ran.", requestTimeout)
+		e := newError("timeout").because("The body did not arrive within %v, so nothing ran.", c.s.patience)
+		e.Hint = "Send the whole request at once."
+		return nil, e
 	case err != nil:
 		return nil, newError("invalid_request").because("The body broke off, or its encoding is malformed.")
 	}
@@ -710,7 +706,7 @@ func (c *call) readBody() ([]byte, *apiError) {
 	if c.r.TransferEncoding == nil {
 		c.Header().Del("Connection")
 	}
-	return data, nil
+	return parseExecBody(data)
 }
 
 // parseExecBody reads {"args":[…]} and nothing else.
@@ -741,15 +737,6 @@ func parseExecBody(data []byte) ([]string, *apiError) {
 		return nil, newError("invalid_args").because("args cannot be run: %v.", err)
 	}
 	return args, nil
-}
-
-// readArgs is the body gate of the two routes that take a command.
-func (c *call) readArgs() ([]string, *apiError) {
-	data, e := c.readBody()
-	if e != nil {
-		return nil, e
-	}
-	return parseExecBody(data)
 }
 
 func (c *call) acl() *apiError {
@@ -988,9 +975,7 @@ func (c *call) audited(cmd command, rec auditRecord) outcome {
 }
 
 func (c *call) record(event string) auditRecord {
-	endpoint := c.s.redact(c.r.URL.Path)
-	r := auditRecord{Event: event, RequestID: c.id, SourceIP: c.peer.String(), AuthSource: c.source,
-		Endpoint: strings.ToValidUTF8(endpoint[:min(len(endpoint), maxEndpoint)], "")}
+	r := auditRecord{Event: event, RequestID: c.id, SourceIP: c.peer.String(), AuthSource: c.source, Endpoint: c.r.URL.Path}
 	if c.keyed {
 		r.APIKeyID = c.s.start.key.id()
 	}
@@ -1088,29 +1073,22 @@ func endingOf(out *outcome, e *apiError) ending {
 	return last
 }
 
-// endError is the error of an end other than exit.
-func (c *call) endError(out *outcome, stream bool) (e *apiError) {
-	switch out.end {
-	case endExit:
+// endError is the error of an end other than exit. Most ends are called what their error is.
+func (c *call) endError(out *outcome, stream bool) *apiError {
+	switch {
+	case out.end == endExit:
 		return nil
-	case endTimeout:
-		e = newError("timeout")
-	case endOutput:
-		if e = newError("max_output_exceeded"); stream {
-			return newError("max_stream_output_exceeded")
-		}
+	case out.end == endStart && out.exitCode == 126:
+		return newError("command_not_executable").because("%s", c.s.redact(fmt.Sprint(out.err)))
+	case out.end == endStart:
+		return newError("command_not_found").because("%s", c.s.redact(fmt.Sprint(out.err)))
+	case out.end == endOutput && stream:
+		return newError("max_stream_output_exceeded")
+	}
+	e := newError(string(out.end))
+	if out.end == endOutput {
+		e = newError("max_output_exceeded")
 		e.MaxOutput = c.snap.MaxOutputBytes
-	case endClient:
-		e = newError("client_gone")
-	case endShutdown:
-		e = newError("shutting_down")
-	case endStart:
-		if e = newError("command_not_found"); out.exitCode == 126 {
-			e = newError("command_not_executable")
-		}
-		return e.because("%v", out.err)
-	default:
-		e = newError("internal")
 	}
 	e.outcome = out
 	return e
@@ -1144,7 +1122,7 @@ func (c *call) answer(j job, out outcome, result map[string]any) *apiError {
 	if text, ok := result["output"].(string); ok {
 		pieces = chunks{[]byte(text)}
 	} else if out.end == endStart {
-		pieces = chunks{fmt.Appendln(nil, out.err)}
+		pieces = chunks{[]byte(e.Message + "\n")}
 	} else if out.stdoutBytes == 0 {
 		pieces = out.stderr
 	}
@@ -1206,35 +1184,48 @@ func (t *jsonText) end(dst []byte) []byte {
 	return dst
 }
 
+// plainJSON are the bytes that a JSON string holds as they are.
+var plainJSON = func() (plain [256]bool) {
+	for b := ' '; b < utf8.RuneSelf; b++ {
+		plain[b] = b != '"' && b != '\\'
+	}
+	return plain
+}()
+
 // escapeJSON appends src escaped, up to a character that its end cuts; used is how much that was.
 func escapeJSON(dst, src []byte) (out []byte, used int) {
-	done := 0 // of src is in dst
-	for i := 0; i < len(src); {
-		b := src[i]
-		if b >= ' ' && b < utf8.RuneSelf && b != '"' && b != '\\' {
+	done, i := 0, 0 // src[:done] is in dst
+	for {
+		for i < len(src) && plainJSON[src[i]] {
 			i++
-			continue
 		}
-		r, size := utf8.DecodeRune(src[i:])
-		if r != utf8.RuneError && r >= utf8.RuneSelf || size == 3 {
-			i += size
-			continue
+		if i == len(src) {
+			return append(dst, src[done:]...), i
 		}
-		if b >= utf8.RuneSelf && !utf8.FullRune(src[i:]) {
-			return append(dst, src[done:i]...), i
+		b := src[i]
+		if b >= utf8.RuneSelf {
+			if _, size := utf8.DecodeRune(src[i:]); size > 1 {
+				i += size
+				continue
+			}
+			if !utf8.FullRune(src[i:]) {
+				return append(dst, src[done:i]...), i
+			}
 		}
 		dst = append(dst, src[done:i]...)
-		if b >= utf8.RuneSelf {
-			dst = append(dst, "\uFFFD"...)
-		} else if k := strings.IndexByte("\"\\\n\r\t", b); k >= 0 {
-			dst = append(dst, '\\', "\"\\nrt"[k])
-		} else {
-			dst = fmt.Appendf(dst, "\\u%04x", b)
-		}
 		i++
 		done = i
+		switch {
+		case b >= utf8.RuneSelf:
+			dst = append(dst, "\uFFFD"...)
+		case b == '\n':
+			dst = append(dst, `\n`...)
+		case b == '"' || b == '\\':
+			dst = append(dst, '\\', b)
+		default:
+			dst = fmt.Appendf(dst, `\u%04x`, b)
+		}
 	}
-	return append(dst, src[done:]...), len(src)
 }
 
 // streamSink writes output as it comes: as NDJSON lines, or raw.
@@ -1372,16 +1363,11 @@ func (c *call) publicSkill() *apiError {
 	return newError("not_found")
 }
 
-func (c *call) privateSkill() *apiError { return c.pluginDocument("SKILL.md") }
-
-func (c *call) reference() *apiError { return c.pluginDocument("references/" + c.r.PathValue("file")) }
-
-func (c *call) pluginDocument(file string) *apiError {
+func (c *call) pluginDocument() *apiError {
+	name, file, _ := strings.Cut(strings.TrimPrefix(c.r.URL.Path, "/private/skills/"), "/")
 	for _, p := range c.s.plugins {
-		if p.Name == c.r.PathValue("name") && !c.snap.disabled(p.Name) {
-			if doc, ok := p.document(file); ok {
-				return c.document(document{markdown: doc})
-			}
+		if doc, ok := p.document(file); ok && p.Name == name && !c.snap.disabled(name) {
+			return c.document(document{markdown: doc})
 		}
 	}
 	return newError("not_found")

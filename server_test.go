@@ -868,6 +868,23 @@ func TestServerUnreadBody(t *testing.T) {
 	}
 }
 
+// TestServerPatience: a body that dribbles gets its 408; a command may run longer than a request may take to arrive.
+func TestServerPatience(t *testing.T) {
+	ts := startServer(t, openSettings, nil, func(s *server) { s.patience = 200 * time.Millisecond })
+	if answer := ts.raw(strings.Replace(execRequest("true"), "Content-Length: ", "Content-Length: 1", 1)); !strings.HasPrefix(answer, "HTTP/1.1 408 ") || !strings.Contains(answer, `"error":"timeout"`) || !strings.Contains(answer, "nothing ran") {
+		t.Errorf("%q", answer)
+	}
+	if n := len(ts.records("exec_start")); n != 0 {
+		t.Errorf("ran %d commands", n)
+	}
+	if _, body := ts.exec("", "sh", "-c", "sleep 0.6; echo slept"); !strings.Contains(body, `"output":"slept\n"`) {
+		t.Error(body)
+	}
+	if answer := ts.raw("GET / HTTP/1.1\nHo"); strings.HasPrefix(answer, "HTTP/1.1 2") {
+		t.Errorf("half a head: %q", answer)
+	}
+}
+
 func TestServerDocuments(t *testing.T) {
 	ts := startServer(t, openSettings, map[string]string{
 		"plugins/tool/SKILL.md": "---\nname: tool\ndescription: A tool\n---\n# Private\n", "plugins/tool/public/SKILL.md": "---\nname: tool\ndescription: A tool\n---\n# Public\n",
@@ -989,9 +1006,9 @@ func TestServerPanic(t *testing.T) {
 
 // TestServerKeyNowhere sends the key to where it does not belong, and looks for it in what comes back (logs are looked at when the server ends).
 func TestServerKeyNowhere(t *testing.T) {
-	ts := startServer(t, `{"exec":{"allow":["env","cat /proc/self/environ"],"deny":["*`+serverTestKey+`*"]}}`, nil, nil)
+	ts := startServer(t, `{"exec":{"allow":["env","/*"],"deny":["`+serverTestKey+`"]}}`, nil, nil)
 	for _, request := range []string{
-		getRequest("/"+serverTestKey, ""), getRequest("/api/"+serverTestKey, ""), getRequest("/api/acl?"+serverTestKey+"=1", "X-API-Key: KEY\n"), postRequest("/api/exec", `{"KEY":1}`), postRequest("/api/exec", `{"args":["KEY"]}`),
+		getRequest("/"+serverTestKey, ""), getRequest("/api/"+serverTestKey, ""), getRequest("/api/acl?"+serverTestKey+"=1", "X-API-Key: KEY\n"), postRequest("/api/exec", `{"KEY":1}`), postRequest("/api/exec", `{"args":["KEY"]}`), postRequest("/api/exec", `{"args":["/KEY"]}`), postRequest("/api/exec?format=text", `{"args":["/KEY"]}`), postRequest("/api/exec?mode=stream", `{"args":["/KEY"]}`),
 		postRequest("/api/exec", `{"args":["KEY\u0000"]}`), postRequest("/api/exec?KEY", `{}`), postRequest("/api/exec", "KEY"), postRequest("/api/exec", execBody("env")), postRequest("/api/acl/check", `{"args":["KEY"]}`),
 		"KEY /ping HTTP/1.1\nHost: KEY\nConnection: close\n\n", strings.Replace(getRequest("/", ""), "Host: x", "Host: "+serverTestKey, 1), getRequest("/private/skills/"+serverTestKey+"/SKILL.md", "X-API-Key: KEY\n"), getRequest("/api/acl", "X-API-Key: KEY\n"),
 	} {
