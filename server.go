@@ -430,7 +430,7 @@ func (c *call) rescue() {
 
 func (s *server) redact(text string) string { return s.start.key.redact(text) }
 
-// gates lets a request through to its route, or says why not. Their order is the contract's.
+// gates lets a request through to its route, or says why not. Their order is fixed: what a stranger may learn comes first.
 func (c *call) gates() *apiError {
 	if c.conn.ambiguous(c.r) {
 		return newError("invalid_request")

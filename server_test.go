@@ -272,6 +272,7 @@ func postRequest(path, body string) string {
 
 // TestServerAnswers writes down what every status and code looks like on the wire.
 func TestServerAnswers(t *testing.T) {
+	t.Setenv("PATH", "/usr/bin:/bin")
 	small := `{"exec":{"allow":["sh *","nothere","/etc/passwd","printf *"],"deny":["/^sudo/"]},"timeoutMs":300,"killGraceMs":100,"maxOutputBytes":20,"maxStreamBytes":20,"maxRequestBodyBytes":200}`
 	const key = "X-API-Key: KEY\n"
 	plain := func(line string) string { return line + " HTTP/1.1\nHost: x\nConnection: close\n\n" }
