@@ -233,17 +233,22 @@ func TestSkillsExamples(t *testing.T) {
 	}
 }
 
-// docsJSON checks one block of JSON values.
+// docsJSON checks one block of JSON values. One that is an error of the server's must have its exact words.
 func docsJSON(t *testing.T, where, block string) {
 	t.Helper()
-	d := json.NewDecoder(strings.NewReader(block))
-	for {
+	for d := json.NewDecoder(strings.NewReader(block)); ; {
 		var v any
 		if err := d.Decode(&v); err == io.EOF {
 			return
 		} else if err != nil {
 			t.Errorf("%s: %v in %s", where, err, block)
 			return
+		}
+		object, _ := v.(map[string]any)
+		if code, _ := object["error"].(string); code != "" && object["hint"] != nil {
+			if e := errorTexts[code]; object["message"] != e.message || object["hint"] != e.hint || object["retryable"] != e.retryable {
+				t.Errorf("%s: the server words %s otherwise: %q, %q", where, code, e.message, e.hint)
+			}
 		}
 	}
 }
@@ -513,6 +518,9 @@ func docsWalks(doc string) []string {
 
 // TestReadmeWalk types what the README says, from the quick start on, beginning with nothing but the source.
 func TestReadmeWalk(t *testing.T) {
+	if testing.Short() || os.Getenv("AEXEC_TEST_BINARY") != "" {
+		t.Skip("builds the program from nothing, with Go")
+	}
 	m := newDocsMachine(t)
 	source := filepath.Join(m.home, "source")
 	m.copySource(t, source)
