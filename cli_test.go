@@ -759,6 +759,6 @@ func TestCLIKeyRotate(t *testing.T) {
 	if now := cliKey(t, p); now == old || strings.Contains(q.out.String(), now) || len(now) != 64 {
 		t.Errorf("key %q after %q, said %s", now, old, &q.out)
 	}
-	t.Setenv("API_KEY", "from the environment, long enough")
+	t.Setenv("API_KEY", "from-the-environment-long-enough")
 	new(cliPlay).run("key", "rotate").want(t, 0, p.env, "API_KEY in the environment")
 }
