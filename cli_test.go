@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"errors"
@@ -158,7 +159,9 @@ func TestCLIHelp(t *testing.T) {
 			if err := os.MkdirAll(filepath.Dir(golden), 0o755); err != nil {
 				t.Fatal(err)
 			}
-			cliWrite(t, golden, p.out.String())
+			if err := os.WriteFile(golden, p.out.Bytes(), 0o644); err != nil {
+				t.Fatal(err)
+			}
 		}
 		if want := cliRead(t, golden); p.out.String() != want {
 			t.Errorf("help of %q is not that of %s:\n%s", name, golden, &p.out)
@@ -351,6 +354,11 @@ func TestCLIShowsForeignTextQuoted(t *testing.T) {
 	if err := os.Mkdir(filepath.Join(p.plugins, hostile), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	// Not in this process: a command that runs others makes it the parent of all orphans.
+	out, errs := cliReal(t, 1, "plugin", "create", "--name", "x", "--command", hostile)
+	if trick := cliTricks(out + errs); trick != "" || !strings.Contains(errs, `"a\x1b[31mb`) {
+		t.Errorf("plugin create prints %s: %q %q", trick, out, errs)
+	}
 	for _, c := range []struct {
 		args []string
 		says string
@@ -367,7 +375,6 @@ func TestCLIShowsForeignTextQuoted(t *testing.T) {
 		{[]string{"plugin", "list", "--json"}, `"tool"`},
 		{[]string{"plugin", "doctor"}, "error"},
 		{[]string{"plugin", "enable", "--name", hostile}, ""},
-		{[]string{"plugin", "create", "--name", "x", "--command", hostile}, ""},
 		{[]string{"status"}, "plugin"},
 		{[]string{"status", "--json"}, "plugin"},
 		{[]string{"share", "--ip", hostile}, ""},
@@ -661,4 +668,97 @@ func TestCLIWalk(t *testing.T) {
 			t.Error("the key is in a log")
 		}
 	}
+}
+
+func TestCLIPlugins(t *testing.T) {
+	buildBinary(t)
+	p := cliHome(t)
+	bin := t.TempDir()
+	t.Setenv("PATH", bin+":"+os.Getenv("PATH"))
+	tool := filepath.Join(bin, "claude")
+	cliWrite(t, tool, "#!/bin/sh\ncase $1 in --help) echo 'usage: claude [options]';; --version) echo 1.0;; *) exit 1;; esac\n")
+	if err := os.Chmod(tool, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	settings := `"claude --version"`
+	out, _ := cliReal(t, 0, "starterkit", "claude", "surely-not-there")
+	for _, part := range []string{`"claude": found`, `created the plugin "claude"`, settings, `"surely-not-there": not found`, "1 plugins made", "aexec restart"} {
+		if !strings.Contains(out, part) {
+			t.Errorf("starterkit does not say %q:\n%s", part, out)
+		}
+	}
+	if _, errs := cliReal(t, 1, "starterkit", "claude"); !strings.Contains(errs, "--force") {
+		t.Errorf("it made a plugin that is there: %s", errs)
+	}
+	if out, _ := cliReal(t, 0, "starterkit", "claude", "--force", "--quiet"); strings.Contains(out, settings) || !strings.Contains(out, "1 plugins made") {
+		t.Errorf("--force --quiet: %s", out)
+	}
+	if out, _ := cliReal(t, 0, "plugin", "create", "--name", "mine", "--command", "ls", "--silent"); strings.Contains(out, "allow") {
+		t.Errorf("--silent: %s", out)
+	}
+	new(cliPlay).run("plugin", "list").want(t, 0, `"claude"  skill  enabled`, "")
+	new(cliPlay).run("plugin", "disable", "--name", "claude").want(t, 0, `plugin "claude": disabled`, "")
+	new(cliPlay).run("plugin", "list").want(t, 0, `"claude"  skill  disabled`, "")
+	new(cliPlay).run("acl", "check", "claude", "--version").want(t, 1, "refused", "")
+	new(cliPlay).run("plugin", "enable", "--name", "claude").want(t, 0, `plugin "claude": enabled`, "")
+	new(cliPlay).run("acl", "check", "claude", "--version").want(t, 0, `of plugin:claude`, "")
+	new(cliPlay).run("plugin", "doctor").want(t, 0, "found", "")
+	cliWrite(t, filepath.Join(p.plugins, "mine", "settings.json"), "{")
+	new(cliPlay).run("plugin", "doctor").want(t, 1, `error in plugin "mine"`, "")
+	new(cliPlay).run("status").want(t, 3, `error in plugin "mine"`, "")
+	new(cliPlay).run("plugin", "remove", "--name", "mine").want(t, 0, `plugin "mine": removed`, "")
+	new(cliPlay).run("plugin", "remove", "--name", "mine").want(t, 1, "", `"mine"`)
+	new(cliPlay).run("plugin", "doctor").want(t, 0, "found", "")
+}
+
+func TestCLIAuditFollows(t *testing.T) {
+	buildBinary(t)
+	p := cliHome(t)
+	key, err := newAPIKey(cliKey(t, p))
+	if err != nil {
+		t.Fatal(err)
+	}
+	l, err := openAudit(p.audit, true, key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.close()
+	record := func(word string) {
+		t.Helper()
+		if err := l.append(auditRecord{Event: "exec_start", Argv: []string{"echo", word}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	record("before")
+	c := exec.CommandContext(t.Context(), buildBinary(t), "audit", "-f", "-n", "1")
+	out, err := c.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	for _, want := range []string{"SEQ", `"echo" "before"`, `"echo" "after"`} {
+		if !lines.Scan() || !strings.Contains(lines.Text(), want) {
+			t.Fatalf("%q, want %q", lines.Text(), want)
+		}
+		if strings.Contains(want, "before") {
+			record("after")
+		}
+	}
+	c.Process.Kill()
+	c.Wait()
+}
+
+func TestCLIKeyRotate(t *testing.T) {
+	p := cliHome(t)
+	old := cliKey(t, p)
+	q := new(cliPlay).run("key", "rotate")
+	q.want(t, 0, p.env, "")
+	if now := cliKey(t, p); now == old || strings.Contains(q.out.String(), now) || len(now) != 64 {
+		t.Errorf("key %q after %q, said %s", now, old, &q.out)
+	}
+	t.Setenv("API_KEY", "from-the-environment-long-enough")
+	new(cliPlay).run("key", "rotate").want(t, 0, p.env, "API_KEY in the environment")
 }
