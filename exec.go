@@ -87,7 +87,6 @@ type runner struct {
 	starting sync.Mutex // held from setting the tag to the birth of the child that inherits it
 
 	mu       sync.Mutex
-	stopped  bool
 	slots    int
 	next     runTag          // of the next run; goes down, as a tag can only be lowered
 	live     map[runTag]bool // runs that have begun and are not swept yet
@@ -141,7 +140,7 @@ func (r *runner) endLeftovers() int {
 func (r *runner) acquire(limit int) (release func(), ok bool) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.stopped || r.slots >= limit {
+	if r.shuttingDown() || r.slots >= limit {
 		return nil, false
 	}
 	r.slots++
@@ -156,17 +155,19 @@ func (r *runner) acquire(limit int) (release func(), ok bool) {
 func (r *runner) shutdown() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if !r.stopped {
-		r.stopped = true
+	if !r.shuttingDown() {
 		close(r.stopping)
 	}
 }
 
 // shuttingDown says whether shutdown was called.
 func (r *runner) shuttingDown() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.stopped
+	select {
+	case <-r.stopping:
+		return true
+	default:
+		return false
+	}
 }
 
 // run runs the command to its end. ctx is the request's: its cancellation means that the client is gone.
@@ -533,7 +534,8 @@ func locate(name, cwd string, pathDirs []string) (path string, direct bool, err 
 	if name == "aexec" || name == "ae" {
 		return ownBinary(), true, nil
 	}
-	if strings.Contains(name, "/") {
+	slash := strings.Contains(name, "/")
+	if slash {
 		if !filepath.IsAbs(name) {
 			name = filepath.Join(cwd, name)
 		}
@@ -544,7 +546,7 @@ func locate(name, cwd string, pathDirs []string) (path string, direct bool, err 
 		path := filepath.Join(dir, name)
 		info, err := os.Stat(path)
 		switch {
-		case errors.Is(err, os.ErrPermission):
+		case errors.Is(err, os.ErrPermission) && slash: // else the file may not even be there
 			failure = &startError{126, fmt.Sprintf("%q cannot be looked at: permission denied", path)}
 		case err != nil:
 		case !info.Mode().IsRegular():
