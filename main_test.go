@@ -62,6 +62,10 @@ func TestMain(m *testing.M) {
 		helper()
 		os.Exit(0)
 	}
+	if len(os.Args) > 1 && !strings.HasPrefix(os.Args[1], "-") {
+		fmt.Fprintf(os.Stderr, "this is a test binary: as %q it would run all tests\n", os.Args)
+		os.Exit(98) // a test that lets the program start itself, and not the built one, would start all tests, again and again
+	}
 	os.Exit(testMain(m))
 }
 
