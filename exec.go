@@ -272,8 +272,8 @@ func (x *run) until(ready <-chan struct{}) end {
 
 // start finds the file, starts it and closes started. It has a goroutine of its own, as looking at a file may hang.
 func (x *run) start() {
+	defer x.closeChildSide() // last: nobody waits for it but the end of the output
 	defer close(x.started)
-	defer x.closeChildSide()
 	path, direct, err := locate(x.what.argv[0], x.cwd, x.pathDirs)
 	if err != nil {
 		x.err = err
