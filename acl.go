@@ -113,161 +113,136 @@ type finding struct {
 }
 
 // policy is the compiled rules of all sources, immutable.
-type policy struct{ deny, allow []rule }
+type policy struct{ deny, allow []*rule }
 
-// pattern is a string rule, or one element of an argv rule: a regexp if re is set, a joined glob if parts is, a path.Match
-// pattern if wild, else the text itself.
-type pattern struct {
-	text  string         // as written, of a regexp what is between the slashes
-	parts []string       // what stands between the stars
-	re    *regexp.Regexp // matches anywhere in a joined string, only the whole of an element
-	wild  bool
+// rule is one compiled rule and the decision that it makes.
+type rule struct {
+	words []pattern // of an argv rule one for each argument, of any other one for the joined string
+	rest  bool      // further arguments are admitted
+	spec  ruleSpec
+	by    decision
 }
 
-// rule is one compiled rule with its origin. An argv rule has elems, any other only the pattern.
-type rule struct {
-	pattern
-	elems              []pattern
-	rest               bool // further arguments are admitted
-	spec               ruleSpec
-	name, list, source string // name is spec.String(), made once
+// pattern is a regexp if re is set, a glob if parts is, a path.Match pattern if wild, else the text itself.
+type pattern struct {
+	text  string           // as written, of a regexp what is between the slashes
+	parts []string         // what stands between the stars
+	re    *regexp.Regexp   // matches anywhere in a joined string, only the whole of an element
+	seq   []*syntax.Regexp // the pieces of re that must match one after the other, if it is such a sequence
+	wild  bool
 }
 
 // compilePolicy compiles every rule of every set, or returns a *ruleError for the first that does not compile.
 func compilePolicy(sets []ruleSet) (*policy, error) {
 	p := &policy{}
 	for _, set := range sets {
-		for i, spec := range set.Deny {
-			r, err := compileRule(spec, set, listDeny)
-			if err != nil {
-				return nil, &ruleError{set.Source, listDeny, i, spec.String(), err}
+		for _, l := range []struct {
+			list  string
+			specs []ruleSpec
+			to    *[]*rule
+		}{{listDeny, set.Deny, &p.deny}, {listAllow, set.Allow, &p.allow}} {
+			for i, spec := range l.specs {
+				r, err := compileRule(spec, set, l.list)
+				if err != nil {
+					return nil, &ruleError{set.Source, l.list, i, spec.String(), err}
+				}
+				*l.to = append(*l.to, r)
 			}
-			p.deny = append(p.deny, r)
-		}
-		for i, spec := range set.Allow {
-			r, err := compileRule(spec, set, listAllow)
-			if err != nil {
-				return nil, &ruleError{set.Source, listAllow, i, spec.String(), err}
-			}
-			p.allow = append(p.allow, r)
 		}
 	}
 	return p, nil
 }
 
-func compileRule(spec ruleSpec, set ruleSet, list string) (r rule, err error) {
-	r = rule{spec: spec, name: spec.String(), list: list, source: set.Source}
-	if spec.Argv != nil {
-		err = r.compileArgv(spec.Argv)
-	} else {
-		r.pattern, err = compileText(spec.Text, list == listDeny)
+func compileRule(spec ruleSpec, set ruleSet, list string) (*rule, error) {
+	r := &rule{spec: spec, by: decision{list == listAllow, spec.String(), list, set.Source}}
+	texts := spec.Argv
+	switch n := len(texts); {
+	case texts == nil:
+		texts = []string{spec.Text}
+	case n == 0 || strings.TrimSpace(texts[0]) == "" || texts[0] == moreArgs:
+		return nil, errors.New(`an argv rule begins with the name of a command: ["git", "log", "..."]`)
+	case texts[n-1] == moreArgs:
+		r.rest, texts = true, texts[:n-1]
+	}
+	for _, text := range texts {
+		w, err := compilePattern(text, spec.Argv != nil, list == listDeny)
+		if err != nil {
+			return nil, err
+		}
+		r.words = append(r.words, w)
 	}
 	plugin := set.Command != "" || strings.HasPrefix(set.Source, pluginSource)
-	if err == nil && plugin && list == listAllow && (set.Command == "" || r.firstWord() != set.Command) {
-		err = fmt.Errorf("a plugin may allow only its own command: begin the rule with %q and a space, literally", set.Command)
+	if plugin && list == listAllow && (set.Command == "" || r.firstWord() != set.Command) {
+		return nil, fmt.Errorf("a plugin may allow only its own command: begin the rule with %q and a space, literally", set.Command)
 	}
-	return r, err
+	return r, nil
 }
 
-func (r *rule) compileArgv(argv []string) error {
-	if len(argv) == 0 || strings.TrimSpace(argv[0]) == "" || argv[0] == moreArgs {
-		return errors.New(`an argv rule begins with the name of a command: ["git", "log", "..."]`)
-	}
-	if argv[len(argv)-1] == moreArgs {
-		r.rest, argv = true, argv[:len(argv)-1]
-	}
-	for _, text := range argv {
-		e, err := compileElement(text, r.list == listDeny)
-		if err != nil {
-			return err
-		}
-		r.elems = append(r.elems, e)
-	}
-	return nil
-}
-
-// mistake is a text that looks like a rule of another kind than it would be, and what to write instead.
-type mistake struct {
-	made bool
-	say  string
-}
-
-func firstMistake(text string, all ...mistake) error {
-	all = append(all, mistake{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl),
-		`a rule is UTF-8 without control characters: in a regexp write "\n" or "\x1b" for one`})
-	if i := slices.IndexFunc(all, func(m mistake) bool { return m.made }); i >= 0 {
-		return errors.New(all[i].say)
-	}
-	return nil
-}
-
-func compileText(text string, deny bool) (pattern, error) {
-	between := strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
+// compilePattern compiles a string rule, or an element of an argv rule. What looks like a rule of another kind is a mistake.
+func compilePattern(text string, element, deny bool) (pattern, error) {
+	whole := element && strings.HasPrefix(text, "/^") && strings.HasSuffix(text, "$/")
+	between := whole || !element && strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
+	p := pattern{text: text, wild: element && !between && strings.ContainsAny(text, "*?[")}
+	_, malformed := path.Match(text, "")
 	flags := flagged.FindStringSubmatch(text) // of "/bin/su" too: a plain word between slashes is a directory, unless the commonest flags follow
-	err := firstMistake(text,
-		mistake{strings.TrimSpace(text) == "", "an empty rule names no command: remove it"},
-		mistake{text == moreArgs, `"..." is the last element of an argv rule: write ["command", "..."]`},
-		mistake{strings.HasPrefix(text, `["`), `an argv rule is an array, not a string: write ["git", "log"] without quotes around it`},
-		mistake{strings.HasPrefix(text, "^"), `a regexp stands between slashes: write "/^git log$/"`},
-		mistake{!between && strings.HasPrefix(text, "/^") || flags != nil && (strings.ContainsAny(text, regexpMeta+" ") || strings.Trim(flags[1], "gi") == ""),
-			`a regexp ends with its closing slash and has no flags behind it: write "/(?i)^sudo/"; a path is written in an argv rule`})
-	switch {
-	case err != nil:
-		return pattern{}, err
-	case between:
-		return compileRegexp(text, deny)
-	case strings.Contains(text, "*"):
-		return pattern{text: text, parts: strings.Split(text, "*")}, nil
-	}
-	return pattern{text: text}, nil
-}
-
-// compileElement compiles one element of an argv rule, before its last "...".
-func compileElement(text string, deny bool) (pattern, error) {
-	whole := strings.HasPrefix(text, "/^") && strings.HasSuffix(text, "$/")
-	_, bad := path.Match(text, "")
-	wild := strings.ContainsAny(text, "*?[")
-	err := firstMistake(text,
-		mistake{text == moreArgs, `"..." stands only at the end of an argv rule; three literal dots are "/^\.\.\.$/"`},
-		mistake{text == "/^$/", `a regexp needs something between "/^" and "$/"; an empty argument is ""`},
-		mistake{!whole && (strings.HasPrefix(text, "/^") || slashed.MatchString(text) && strings.ContainsAny(text, regexpMeta)),
+	hasFlags := flags != nil && (strings.ContainsAny(text, regexpMeta+" ") || strings.Trim(flags[1], "gi") == "")
+	for _, mistake := range []struct {
+		made bool
+		say  string
+	}{
+		{!element && strings.TrimSpace(text) == "", "an empty rule names no command: remove it"},
+		{!element && text == moreArgs, `"..." is the last element of an argv rule: write ["command", "..."]`},
+		{!element && strings.HasPrefix(text, `["`), `an argv rule is an array, not a string: write ["git", "log"] without quotes around it`},
+		{!element && strings.HasPrefix(text, "^"), `a regexp stands between slashes: write "/^git log$/"`},
+		{!element && !between && (hasFlags || strings.HasPrefix(text, "/^")),
+			`a regexp ends with its closing slash and has no flags behind it: write "/(?i)^sudo/"; a path is written in an argv rule`},
+		{element && text == moreArgs, `"..." stands only at the end of an argv rule; three literal dots are "/^\.\.\.$/"`},
+		{element && text == "/^$/", `a regexp needs something between "/^" and "$/"; an empty argument is ""`},
+		{element && !between && (strings.HasPrefix(text, "/^") || slashed.MatchString(text) && strings.ContainsAny(text, regexpMeta)),
 			`a regexp in an argv rule is written "/^[0-9]+$/": begin with "/^", end with "$/", flags inside as (?i)`},
-		mistake{!whole && wild && bad != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`})
-	switch {
-	case err != nil:
-		return pattern{}, err
-	case whole:
-		p, err := compileRegexp(text, deny)
-		if err == nil { // once more, held to the whole element: "/^a|b$/" alone would find "axx" and "xxb"
-			p.re, err = regexp.Compile(`\A(?:` + p.re.String() + `)\z`) // fails for an open \Q
+		{p.wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
+		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl),
+			`a rule is UTF-8 without control characters: in a regexp write "\n" or "\x1b" for one`},
+		{between && len(text) < 3, "a regexp needs something between its slashes"},
+		{between && !slashed.MatchString(text), `a "/" inside a regexp is written "\/"; a path is better written in an argv rule: ["/bin/ls", "/tmp/"]`},
+	} {
+		if mistake.made {
+			return p, errors.New(mistake.say)
 		}
-		return p, err
-	case wild:
-		return pattern{text: text, wild: true}, nil
 	}
-	return pattern{text: text}, nil
+	if !element && strings.Contains(text, "*") {
+		p.parts = strings.Split(text, "*")
+	}
+	if between {
+		return compileRegexp(text[1:len(text)-1], whole, deny)
+	}
+	return p, nil
 }
 
-// compileRegexp compiles a regexp with its slashes. In a deny rule "." matches a newline too, so that none evades it.
-func compileRegexp(text string, deny bool) (pattern, error) {
-	err := firstMistake(text,
-		mistake{len(text) < 3, "a regexp needs something between its slashes"},
-		mistake{!slashed.MatchString(text), `a "/" inside a regexp is written "\/"; a path is better written in an argv rule: ["/bin/ls", "/tmp/"]`})
-	if err != nil {
-		return pattern{}, err
-	}
-	body, mode := text[1:len(text)-1], ""
+func compileRegexp(body string, whole, deny bool) (pattern, error) {
+	p, frame := pattern{text: body}, "%s"
 	if deny {
-		mode = "(?s)"
+		frame = "(?s)%s" // "." matches a newline too, so that none evades the rule
 	}
-	re, err := regexp.Compile(mode + body)
-	if e := (*syntax.Error)(nil); errors.As(err, &e) {
-		return pattern{}, fmt.Errorf("not a regexp of RE2 syntax: %s at %q", e.Code, e.Expr)
+	if whole {
+		frame = `\A(?:` + frame + `)\z` // "^a|b$" alone would find "axx" and "xxb"
 	}
-	return pattern{text: body, re: re}, err
+	tree, err := syntax.Parse(body, syntax.Perl) // by itself first: "a)|(?:b" must not close the frame's group
+	if err == nil {
+		p.re, err = regexp.Compile(fmt.Sprintf(frame, body)) // fails for an open \Q in a frame
+	}
+	if e, ok := errors.AsType[*syntax.Error](err); ok {
+		return p, fmt.Errorf("not a regexp of RE2 syntax: %s at %q", e.Code, e.Expr)
+	}
+	if tree.Op == syntax.OpConcat {
+		p.seq = tree.Sub
+	}
+	return p, err
 }
 
-func (p *pattern) matches(s string) bool {
+func (p pattern) exact() bool { return p.re == nil && p.parts == nil && !p.wild }
+
+func (p pattern) matches(s string) bool {
 	switch {
 	case p.re != nil:
 		return p.re.MatchString(s)
@@ -280,61 +255,50 @@ func (p *pattern) matches(s string) bool {
 	return s == p.text
 }
 
-func (p *pattern) exact() bool { return p.re == nil && p.parts == nil && !p.wild }
-
 // globMatch finds the parts in order, the first at the start and the last at the end. The leftmost place is always
 // good enough for the parts between, so nothing is tried twice.
 func globMatch(parts []string, s string) bool {
-	first, last := parts[0], parts[len(parts)-1]
-	if len(s) < len(first)+len(last) || !strings.HasPrefix(s, first) || !strings.HasSuffix(s, last) {
-		return false
-	}
-	s = s[len(first) : len(s)-len(last)]
-	for _, part := range parts[1 : len(parts)-1] {
-		i := strings.Index(s, part)
-		if i < 0 {
-			return false
+	last := len(parts) - 1
+	s, ok := strings.CutPrefix(s, parts[0])
+	for _, part := range parts[1:last] {
+		if ok {
+			_, s, ok = strings.Cut(s, part)
 		}
-		s = s[i+len(part):]
 	}
-	return true
+	return ok && strings.HasSuffix(s, parts[last])
 }
 
-// spelling is one way to name a command: argv[0], and it joined with the arguments.
-type spelling struct{ name, joined string }
+// spelling is a command under one of its names, and joined with spaces.
+type spelling struct {
+	argv   []string
+	joined string
+}
 
-// spellings gives the command as sent, then every other name that a deny rule may know it by: without its directory,
+func spell(argv ...string) spelling { return spelling{argv, strings.Join(argv, " ")} }
+
+// spellings gives the command as sent, then under every other name that a deny rule may know it by: without its directory,
 // and with aexec's two names exchanged, for they are one binary.
 func spellings(argv []string) []spelling {
-	joined := strings.Join(argv, " ")
-	all := []spelling{{argv[0], joined}}
 	dir, base := path.Split(strings.TrimRight(argv[0], "/"))
 	names := []string{base}
 	if other := map[string]string{"ae": "aexec", "aexec": "ae"}[base]; other != "" {
 		names = append(names, dir+other, other)
 	}
+	all := []spelling{spell(argv...)}
 	for _, name := range names {
 		if name != argv[0] {
-			all = append(all, spelling{name, name + joined[len(argv[0]):]})
+			all = append(all, spell(slices.Concat([]string{name}, argv[1:])...))
 		}
 	}
 	return all
 }
 
-func (r *rule) matches(s spelling, args []string) bool {
-	if r.elems == nil {
-		return r.pattern.matches(s.joined)
+func (r *rule) matches(s spelling) bool {
+	if r.spec.Argv == nil {
+		return r.words[0].matches(s.joined)
 	}
-	n := len(r.elems) - 1
-	if len(args) < n || len(args) > n && !r.rest || !r.elems[0].matches(s.name) {
-		return false
-	}
-	for i := range n {
-		if !r.elems[i+1].matches(args[i]) {
-			return false
-		}
-	}
-	return true
+	n := len(r.words)
+	return len(s.argv) >= n && (r.rest || len(s.argv) == n) && slices.EqualFunc(r.words, s.argv[:n], pattern.matches)
 }
 
 // checkArgv says what is wrong with args as a command: empty, a blank command name, a NUL byte, invalid UTF-8,
@@ -369,31 +333,19 @@ func (p *policy) decide(argv []string) (approved, decision) {
 	}
 	argv = slices.Clone(argv)
 	names := spellings(argv)
-	if r := p.denies(names, argv[1:]); r != nil {
-		return approved{}, decision{false, r.name, r.list, r.source}
+	for _, r := range p.deny {
+		if slices.ContainsFunc(names, r.matches) {
+			return approved{}, r.by
+		}
 	}
 	// Joined, "git init x" as a name and git with two arguments are the same string; only an argv rule can tell them apart.
 	plain := !strings.ContainsFunc(argv[0], spaceOrControl)
-	for i := range p.allow {
-		r := &p.allow[i]
-		if (plain || r.elems != nil) && r.matches(names[0], argv[1:]) {
-			by := decision{true, r.name, r.list, r.source}
-			return approved{argv, by}, by
+	for _, r := range p.allow {
+		if (plain || r.spec.Argv != nil) && r.matches(names[0]) {
+			return approved{argv, r.by}, r.by
 		}
 	}
 	return approved{}, decision{}
-}
-
-// denies finds the first deny rule that matches any spelling of the command.
-func (p *policy) denies(names []spelling, args []string) *rule {
-	for i := range p.deny {
-		for _, s := range names {
-			if p.deny[i].matches(s, args) {
-				return &p.deny[i]
-			}
-		}
-	}
-	return nil
 }
 
 func spaceOrControl(c rune) bool { return unicode.IsSpace(c) || unicode.IsControl(c) }
@@ -408,10 +360,9 @@ func approveUnchecked(argv []string, source string) approved {
 }
 
 // rules lists the effective rules in the order in which they are tried.
-func (p *policy) rules() []listedRule {
-	var all []listedRule
+func (p *policy) rules() (all []listedRule) {
 	for _, r := range slices.Concat(p.deny, p.allow) {
-		all = append(all, listedRule{r.list, r.spec, r.source})
+		all = append(all, listedRule{r.by.List, r.spec, r.by.Source})
 	}
 	return all
 }
@@ -419,41 +370,33 @@ func (p *policy) rules() []listedRule {
 // firstWord gives the one command name that the rule can match, "" if there may be several. For a regexp its syntax
 // tree is asked, not its text: "^git *x" begins like "^git " and matches "gitx".
 func (r *rule) firstWord() string {
-	text, ended := r.text, true
-	switch {
-	case r.elems != nil && r.elems[0].exact():
-		return r.elems[0].text
-	case r.elems != nil:
+	first := r.words[0]
+	text, ended := first.text, true
+	switch seq := first.seq; {
+	case r.spec.Argv != nil && first.exact():
+		return text
+	case r.spec.Argv != nil:
 		return ""
-	case r.re != nil:
-		seq := sequence(text)
+	case first.re != nil:
 		if len(seq) < 2 || seq[0].Op != syntax.OpBeginText || seq[1].Op != syntax.OpLiteral || seq[1].Flags&syntax.FoldCase != 0 {
 			return ""
 		}
 		text, ended = string(seq[1].Rune), len(seq) == 3 && seq[2].Op == syntax.OpEndText
 	}
 	word, _, spaced := strings.Cut(text, " ")
-	if !spaced && !ended || r.parts != nil && strings.Contains(word, "*") {
+	if !spaced && !ended || strings.Contains(word, "*") {
 		return ""
 	}
 	return word
 }
 
-// sequence gives the pieces of a regexp that must match one after the other; none if it is not such a sequence.
-func sequence(body string) []*syntax.Regexp {
-	re, err := syntax.Parse(body, syntax.Perl)
-	if err != nil || re.Op != syntax.OpConcat {
-		return nil
-	}
-	return re.Sub
-}
-
 // literal gives the arguments that an exact rule names, false if the rule is not exact.
 func (r *rule) literal() ([]string, bool) {
-	if r.elems == nil {
-		return strings.Split(r.text, " "), r.exact()
+	exact := !r.rest && !slices.ContainsFunc(r.words, func(w pattern) bool { return !w.exact() })
+	if r.spec.Argv == nil {
+		return strings.Split(r.spec.Text, " "), exact
 	}
-	return r.spec.Argv, !r.rest && !slices.ContainsFunc(r.elems, func(e pattern) bool { return !e.exact() })
+	return r.spec.Argv, exact
 }
 
 // What the doctor warns of, most dangerous first, and the commands that it knows (without the version numbers at their ends).
@@ -470,12 +413,11 @@ const (
 )
 
 // lint lists what is risky about the policy, most dangerous first.
-func (p *policy) lint() []finding {
-	var all []finding
+func (p *policy) lint() (all []finding) {
 	for _, r := range slices.Concat(p.deny, p.allow) {
-		all = append(all, p.risks(&r)...)
+		all = append(all, p.risks(r)...)
 	}
-	if len(p.deny) > 0 && slices.ContainsFunc(p.allow, func(r rule) bool { _, exact := r.literal(); return !exact }) {
+	if len(p.deny) > 0 && slices.ContainsFunc(p.allow, func(r *rule) bool { _, exact := r.literal(); return !exact }) {
 		all = append(all, finding{Code: "deny-relied-upon", Message: "exec.deny is a seat belt, for no list holds every way to a command: let exec.allow be the boundary"})
 	}
 	slices.SortStableFunc(all, func(a, b finding) int { return strings.Index(dangers, a.Code) - strings.Index(dangers, b.Code) })
@@ -483,58 +425,47 @@ func (p *policy) lint() []finding {
 }
 
 // risks lists what is risky about one rule. The first three findings say all there is to say of their rule.
-func (p *policy) risks(r *rule) []finding {
-	word := r.firstWord()
+func (p *policy) risks(r *rule) (all []finding) {
 	argv, exact := r.literal()
+	_, by := p.decide(argv)
+	allow, text, word, seq := r.by.Allowed, r.spec.Argv == nil, r.firstWord(), r.words[0].seq
 	base := strings.TrimRight(path.Base(word), "0123456789.-")
 	harmless := exact && len(argv) == 2 && strings.Contains(harmlessArgs, " "+argv[1]+" ")
 	in := func(commands string) bool { return !harmless && strings.Contains(commands, " "+base+" ") }
-	allow, seq, parts := r.list == listAllow, sequence(r.text), append(r.elems[:len(r.elems):len(r.elems)], r.pattern)
-	everything := r.matches(spelling{"zq0", "zq0"}, nil) && r.matches(spelling{"Q_7", "Q_7 -w ~"}, []string{"-w", "~"}) // names nobody allows on purpose
-	guarded := strings.Contains(strings.ReplaceAll(r.name, `","`, " "), " -- ")
-	takesOption := func(e pattern) bool {
-		return e.wild && e.matches("-x") || e.re != nil && (e.matches("-x") || e.matches("--x"))
+	guarded := strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
+	same := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
+	backwards := func(w pattern) bool { return w.re != nil && misordered.MatchString(w.text) }
+	loose := func(w pattern) bool {
+		return w.parts != nil || text && w.re != nil && openEnded.MatchString(w.text) || !w.exact() && (w.matches("-x") || w.matches("--x"))
 	}
-	checks := []struct {
+	for i, c := range []struct {
 		is            bool
 		code, message string
 	}{
-		{allow && p.stops(r), "never-matches", "a deny rule stops everything that it allows: remove one of them"},
-		{slices.ContainsFunc(parts, backwards) || allow && r.elems == nil && (exact && word == "" || strings.ContainsFunc(word, spaceOrControl)),
+		{allow && (exact && by.List == listDeny || slices.ContainsFunc(p.deny, same)),
+			"never-matches", "a deny rule stops everything that it allows: remove one of them"},
+		{slices.ContainsFunc(r.words, backwards) || allow && (exact && !by.Allowed || text && strings.ContainsFunc(word, spaceOrControl)),
 			"never-matches", "matches nothing: a name cannot hold white space here, and ^ stands first, $ last"},
-		{allow && everything, "allow-all", "allows every command: name the commands that are needed"},
+		{allow && r.matches(spell("zq0")) && r.matches(spell("Q_7", "-w", "~")), "allow-all", "allows every command: name the commands that are needed"},
 		{allow && word == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards"},
-		{allow && r.re != nil && (len(seq) < 2 || seq[0].Op != syntax.OpBeginText || seq[len(seq)-1].Op != syntax.OpEndText),
+		{allow && text && r.words[0].re != nil && (len(seq) < 2 || seq[0].Op != syntax.OpBeginText || seq[len(seq)-1].Op != syntax.OpEndText),
 			"unanchored-regexp", "is found anywhere in a command: write it as /^…$/"},
 		{allow && in(runsPrograms), "runs-programs", fmt.Sprintf("%q can run other programs, so this may allow everything: allow the program that is needed", base)},
 		{allow && in(readsDirectory), "reads-directory", fmt.Sprintf("%q takes settings or code from the working directory: whoever writes there decides what runs", base)},
-		{allow && !guarded && (r.parts != nil || r.rest || slices.ContainsFunc(r.elems, takesOption) || r.re != nil && openEnded.MatchString(r.text)),
+		{allow && !guarded && (r.rest || slices.ContainsFunc(r.words, loose)),
 			"admits-options", `lets any option through, also one that writes files or runs programs: name the arguments, or put "--" before them`},
-		{allow && r.elems == nil && exact && len(argv) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule"},
+		{allow && text && exact && len(argv) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule"},
 		{allow && strings.Contains(word, "/") && !path.IsAbs(word), "relative-name", "depends on the working directory: write the absolute path, or the name alone"},
 		{!allow && strings.Contains(word, "/"), "deny-path", "stops only this spelling of the path: write the name alone, which is tried for every directory"},
-	}
-	var all []finding
-	for i, c := range checks {
+	} {
 		if c.is {
-			all = append(all, finding{r.name, r.list, r.source, c.code, c.message})
+			all = append(all, finding{r.by.Rule, r.by.List, r.by.Source, c.code, c.message})
 			if i < 3 {
 				break
 			}
 		}
 	}
 	return all
-}
-
-// backwards sees a regexp that wants text after the end or before the beginning.
-func backwards(p pattern) bool { return p.re != nil && misordered.MatchString(p.text) }
-
-// stops says whether a deny rule can be seen to stop everything that the allow rule r admits.
-func (p *policy) stops(r *rule) bool {
-	if argv, exact := r.literal(); exact && p.denies(spellings(argv), argv[1:]) != nil {
-		return true
-	}
-	return slices.ContainsFunc(p.deny, func(d rule) bool { return d.name == r.name || d.name == "*" })
 }
 
 // broad says whether the one rule is too wide to be added without --force, and why ("" if not).
