@@ -4,7 +4,6 @@
 package main
 
 import (
-	"encoding/json"
 	"errors"
 	"fmt"
 	"path"
@@ -44,34 +43,27 @@ func (r ruleSpec) String() string {
 	if r.Argv == nil {
 		return r.Text
 	}
-	data, _ := r.MarshalJSON() // strings always marshal
-	return string(data)
+	return string(marshal(r.Argv))
 }
 
 // MarshalJSON writes the rule back as the string or array that it was.
 func (r ruleSpec) MarshalJSON() ([]byte, error) {
-	var b strings.Builder
-	enc := json.NewEncoder(&b)
-	enc.SetEscapeHTML(false)
-	var v any = r.Text
-	if r.Argv != nil {
-		v = r.Argv
+	if r.Argv == nil {
+		return marshal(r.Text), nil
 	}
-	err := enc.Encode(v)
-	return []byte(strings.TrimSuffix(b.String(), "\n")), err
+	return marshal(r.Argv), nil
 }
 
-// ruleSet is the rules of one source. Command is empty for settings.json; for a plugin it is the only
-// literal first word that its allow rules may have.
+// ruleSet is the rules of one source.
 type ruleSet struct {
 	Source      string // "settings.json" or "plugin:NAME"
-	Command     string
+	Command     string // of a plugin: the only literal first word that its allow rules may have
 	Allow, Deny []ruleSpec
 }
 
-// ruleError names the rule that does not compile, so that config.go can add file, line and column.
+// ruleError names the rule that does not compile, so that its reader can add file, line and column.
 type ruleError struct {
-	Source, List string // list is "allow" or "deny"
+	Source, List string
 	Index        int    // of the rule in that list
 	Rule         string // as written
 	Err          error  // says what to write instead
@@ -80,17 +72,16 @@ type ruleError struct {
 func (e *ruleError) Error() string {
 	return fmt.Sprintf("rule %q in exec.%s of %s: %v", e.Rule, e.List, e.Source, e.Err)
 }
-func (e *ruleError) Unwrap() error { return e.Err }
 
 // decision says what the policy decided and which rule did it. Rule, List and Source are empty when no rule matched.
 type decision struct {
 	Allowed bool   `json:"allowed"`
 	Rule    string `json:"rule,omitempty"`
-	List    string `json:"list,omitempty"`   // "allow" or "deny"
-	Source  string `json:"source,omitempty"` // ruleSet.Source
+	List    string `json:"list,omitempty"`
+	Source  string `json:"source,omitempty"`
 }
 
-// approved is an argv that may be run. Its fields are set in this file only (powers_test.go); the zero value is refused by exec.go.
+// approved is an argv that may be run. Its fields are set in this file only; the zero value is refused where commands are run.
 type approved struct {
 	argv []string
 	by   decision
@@ -103,17 +94,8 @@ type listedRule struct {
 	Source string   `json:"source"`
 }
 
-// finding is one risky thing about a policy, for `acl doctor`.
-type finding struct {
-	Rule    string `json:"rule,omitempty"` // as written; empty: about the policy as a whole
-	List    string `json:"list,omitempty"`
-	Source  string `json:"source,omitempty"`
-	Code    string `json:"code"`    // stable kebab-case name, e.g. "allow-all"
-	Message string `json:"message"` // what is risky and what to write instead
-}
-
-// policy is the compiled rules of all sources, immutable.
-type policy struct{ deny, allow []*rule }
+// policy is the compiled rules of all sources, immutable, in the order in which they are tried: every deny before any allow.
+type policy struct{ ordered []*rule }
 
 // rule is one compiled rule and the decision that it makes.
 type rule struct {
@@ -135,18 +117,14 @@ type pattern struct {
 // compilePolicy compiles every rule of every set, or returns a *ruleError for the first that does not compile.
 func compilePolicy(sets []ruleSet) (*policy, error) {
 	p := &policy{}
-	for _, set := range sets {
-		for _, l := range []struct {
-			list  string
-			specs []ruleSpec
-			to    *[]*rule
-		}{{listDeny, set.Deny, &p.deny}, {listAllow, set.Allow, &p.allow}} {
-			for i, spec := range l.specs {
-				r, err := compileRule(spec, set, l.list)
+	for _, list := range []string{listDeny, listAllow} {
+		for _, set := range sets {
+			for i, spec := range map[string][]ruleSpec{listDeny: set.Deny, listAllow: set.Allow}[list] {
+				r, err := compileRule(spec, set, list)
 				if err != nil {
-					return nil, &ruleError{set.Source, l.list, i, spec.String(), err}
+					return nil, &ruleError{set.Source, list, i, spec.String(), err}
 				}
-				*l.to = append(*l.to, r)
+				p.ordered = append(p.ordered, r)
 			}
 		}
 	}
@@ -180,56 +158,56 @@ func compileRule(spec ruleSpec, set ruleSet, list string) (*rule, error) {
 
 // compilePattern compiles a string rule, or an element of an argv rule. What looks like a rule of another kind is a mistake.
 func compilePattern(text string, element, deny bool) (pattern, error) {
-	whole := element && strings.HasPrefix(text, "/^") && strings.HasSuffix(text, "$/")
-	between := whole || !element && strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
+	between := strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
+	caret, closed := strings.HasPrefix(text, "/^"), strings.HasSuffix(text, "$/")
+	meta := strings.ContainsAny(text, regexpMeta)
+	flags := flagged.FindStringSubmatch(text) // of "/bin/su" too: a plain word between slashes is a directory, unless the commonest flags follow
+	lame := caret || strings.HasPrefix(text, "^") || flags != nil && (meta || strings.Contains(text, " ") || strings.Trim(flags[1], "gi") == "")
+	if element {
+		between, lame = caret && closed, caret || meta && slashed.MatchString(text)
+	}
 	p := pattern{text: text, wild: element && !between && strings.ContainsAny(text, "*?[")}
 	_, malformed := path.Match(text, "")
-	flags := flagged.FindStringSubmatch(text) // of "/bin/su" too: a plain word between slashes is a directory, unless the commonest flags follow
-	hasFlags := flags != nil && (strings.ContainsAny(text, regexpMeta+" ") || strings.Trim(flags[1], "gi") == "")
 	for _, mistake := range []struct {
 		made bool
 		say  string
 	}{
 		{!element && strings.TrimSpace(text) == "", "an empty rule names no command: remove it"},
-		{!element && text == moreArgs, `"..." is the last element of an argv rule: write ["command", "..."]`},
+		{text == moreArgs, `"..." stands only at the end of an argv rule: write ["command", "..."], or "/^\.\.\.$/" for three literal dots`},
 		{!element && strings.HasPrefix(text, `["`), `an argv rule is an array, not a string: write ["git", "log"] without quotes around it`},
-		{!element && strings.HasPrefix(text, "^"), `a regexp stands between slashes: write "/^git log$/"`},
-		{!element && !between && (hasFlags || strings.HasPrefix(text, "/^")),
-			`a regexp ends with its closing slash and has no flags behind it: write "/(?i)^sudo/"; a path is written in an argv rule`},
-		{element && text == moreArgs, `"..." stands only at the end of an argv rule; three literal dots are "/^\.\.\.$/"`},
-		{element && text == "/^$/", `a regexp needs something between "/^" and "$/"; an empty argument is ""`},
-		{element && !between && (strings.HasPrefix(text, "/^") || slashed.MatchString(text) && strings.ContainsAny(text, regexpMeta)),
-			`a regexp in an argv rule is written "/^[0-9]+$/": begin with "/^", end with "$/", flags inside as (?i)`},
-		{p.wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
+		{!between && lame, `a regexp stands between slashes, "/^git (log|status)$/", or in an argv rule "/^[0-9]+$/"; ` +
+			`no flags follow its closing slash: write "/(?i)^sudo/"; a path is written in an argv rule`},
 		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl),
 			`a rule is UTF-8 without control characters: in a regexp write "\n" or "\x1b" for one`},
-		{between && len(text) < 3, "a regexp needs something between its slashes"},
+		{p.wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
+		{between && (len(text) < 3 || element && text == "/^$/"), `a regexp needs something between its slashes; an empty argument is ""`},
 		{between && !slashed.MatchString(text), `a "/" inside a regexp is written "\/"; a path is better written in an argv rule: ["/bin/ls", "/tmp/"]`},
 	} {
 		if mistake.made {
 			return p, errors.New(mistake.say)
 		}
 	}
-	if !element && strings.Contains(text, "*") {
+	switch {
+	case between:
+		return compileRegexp(text[1:len(text)-1], element, deny)
+	case !element && strings.Contains(text, "*"):
 		p.parts = strings.Split(text, "*")
-	}
-	if between {
-		return compileRegexp(text[1:len(text)-1], whole, deny)
 	}
 	return p, nil
 }
 
-func compileRegexp(body string, whole, deny bool) (pattern, error) {
-	p, frame := pattern{text: body}, "%s"
+// compileRegexp holds the regexp of an element to the whole of it: "^a|b$" alone would find "axx" and "xxb".
+func compileRegexp(body string, element, deny bool) (pattern, error) {
+	p, before, after := pattern{text: body}, "", ""
+	if element {
+		before, after = `\A(?:`, `)\z`
+	}
 	if deny {
-		frame = "(?s)%s" // "." matches a newline too, so that none evades the rule
+		before += "(?s)" // "." matches a newline too, so that none evades the rule
 	}
-	if whole {
-		frame = `\A(?:` + frame + `)\z` // "^a|b$" alone would find "axx" and "xxb"
-	}
-	tree, err := syntax.Parse(body, syntax.Perl) // by itself first: "a)|(?:b" must not close the frame's group
+	tree, err := syntax.Parse(body, syntax.Perl) // by itself first, so that "a)|(?:b" does not close a group of ours
 	if err == nil {
-		p.re, err = regexp.Compile(fmt.Sprintf(frame, body)) // fails for an open \Q in a frame
+		p.re, err = regexp.Compile(before + body + after) // fails for an open \Q
 	}
 	if e, ok := errors.AsType[*syntax.Error](err); ok {
 		return p, fmt.Errorf("not a regexp of RE2 syntax: %s at %q", e.Code, e.Expr)
@@ -237,7 +215,7 @@ func compileRegexp(body string, whole, deny bool) (pattern, error) {
 	if tree.Op == syntax.OpConcat {
 		p.seq = tree.Sub
 	}
-	return p, err
+	return p, nil
 }
 
 func (p pattern) exact() bool { return p.re == nil && p.parts == nil && !p.wild }
@@ -274,21 +252,17 @@ type spelling struct {
 	joined string
 }
 
-func spell(argv ...string) spelling { return spelling{argv, strings.Join(argv, " ")} }
-
-// spellings gives the command as sent, then under every other name that a deny rule may know it by: without its directory,
-// and with aexec's two names exchanged, for they are one binary.
-func spellings(argv []string) []spelling {
+// spellings gives a copy of the command as sent, then every other name that a deny rule may know it by: without its
+// directory, and with aexec's two names exchanged, for they are one binary.
+func spellings(argv []string) (all []spelling) {
 	dir, base := path.Split(strings.TrimRight(argv[0], "/"))
-	names := []string{base}
+	names := []string{argv[0], base}
 	if other := map[string]string{"ae": "aexec", "aexec": "ae"}[base]; other != "" {
 		names = append(names, dir+other, other)
 	}
-	all := []spelling{spell(argv...)}
-	for _, name := range names {
-		if name != argv[0] {
-			all = append(all, spell(slices.Concat([]string{name}, argv[1:])...))
-		}
+	for _, name := range slices.Compact(names) {
+		named := slices.Concat([]string{name}, argv[1:])
+		all = append(all, spelling{named, strings.Join(named, " ")})
 	}
 	return all
 }
@@ -301,8 +275,7 @@ func (r *rule) matches(s spelling) bool {
 	return len(s.argv) >= n && (r.rest || len(s.argv) == n) && slices.EqualFunc(r.words, s.argv[:n], pattern.matches)
 }
 
-// checkArgv says what is wrong with args as a command: empty, a blank command name, a NUL byte, invalid UTF-8,
-// one of 128 KiB or more, more than 128 KiB together. nil if nothing is.
+// checkArgv says what is wrong with args as a command, nil if nothing is.
 func checkArgv(argv []string) error {
 	if len(argv) == 0 || strings.TrimSpace(argv[0]) == "" {
 		return errors.New("args must begin with the name of a command, and that must not be blank")
@@ -311,16 +284,14 @@ func checkArgv(argv []string) error {
 	for i, arg := range argv {
 		total += len(arg)
 		switch {
-		case strings.IndexByte(arg, 0) >= 0:
+		case strings.Contains(arg, "\x00"):
 			return fmt.Errorf("args[%d] contains a NUL byte, which no command can be given", i)
 		case !utf8.ValidString(arg):
 			return fmt.Errorf("args[%d] is not valid UTF-8", i)
-		case len(arg) >= maxArgBytes:
-			return fmt.Errorf("args[%d] is %d bytes long: an argument must be shorter than %d", i, len(arg), maxArgBytes)
+		case len(arg) >= maxArgBytes || total > maxArgvBytes:
+			return fmt.Errorf("args are too long at args[%d]: each must be shorter than %d bytes, and all together, with the spaces between, at most %d",
+				i, maxArgBytes, maxArgvBytes)
 		}
-	}
-	if total > maxArgvBytes {
-		return fmt.Errorf("args are %d bytes long together, with the spaces between: at most %d are allowed", total, maxArgvBytes)
 	}
 	return nil
 }
@@ -331,18 +302,16 @@ func (p *policy) decide(argv []string) (approved, decision) {
 	if checkArgv(argv) != nil {
 		return approved{}, decision{} // fail safe: callers have checked
 	}
-	argv = slices.Clone(argv)
 	names := spellings(argv)
-	for _, r := range p.deny {
-		if slices.ContainsFunc(names, r.matches) {
-			return approved{}, r.by
-		}
-	}
+	sent := names[0]
 	// Joined, "git init x" as a name and git with two arguments are the same string; only an argv rule can tell them apart.
 	plain := !strings.ContainsFunc(argv[0], spaceOrControl)
-	for _, r := range p.allow {
-		if (plain || r.spec.Argv != nil) && r.matches(names[0]) {
-			return approved{argv, r.by}, r.by
+	for _, r := range p.ordered {
+		switch {
+		case !r.by.Allowed && slices.ContainsFunc(names, r.matches):
+			return approved{}, r.by
+		case r.by.Allowed && (plain || r.spec.Argv != nil) && r.matches(sent):
+			return approved{sent.argv, r.by}, r.by
 		}
 	}
 	return approved{}, decision{}
@@ -361,7 +330,7 @@ func approveUnchecked(argv []string, source string) approved {
 
 // rules lists the effective rules in the order in which they are tried.
 func (p *policy) rules() (all []listedRule) {
-	for _, r := range slices.Concat(p.deny, p.allow) {
+	for _, r := range p.ordered {
 		all = append(all, listedRule{r.by.List, r.spec, r.by.Source})
 	}
 	return all
@@ -371,20 +340,23 @@ func (p *policy) rules() (all []listedRule) {
 // tree is asked, not its text: "^git *x" begins like "^git " and matches "gitx".
 func (r *rule) firstWord() string {
 	first := r.words[0]
-	text, ended := first.text, true
-	switch seq := first.seq; {
+	text, seq := first.text+" ", first.seq
+	switch {
 	case r.spec.Argv != nil && first.exact():
-		return text
+		return first.text
 	case r.spec.Argv != nil:
 		return ""
 	case first.re != nil:
 		if len(seq) < 2 || seq[0].Op != syntax.OpBeginText || seq[1].Op != syntax.OpLiteral || seq[1].Flags&syntax.FoldCase != 0 {
 			return ""
 		}
-		text, ended = string(seq[1].Rune), len(seq) == 3 && seq[2].Op == syntax.OpEndText
+		text = string(seq[1].Rune)
+		if len(seq) == 3 && seq[2].Op == syntax.OpEndText {
+			text += " "
+		}
 	}
-	word, _, spaced := strings.Cut(text, " ")
-	if !spaced && !ended || strings.Contains(word, "*") {
+	word, _, ended := strings.Cut(text, " ")
+	if !ended || strings.Contains(word, "*") {
 		return ""
 	}
 	return word
@@ -397,6 +369,15 @@ func (r *rule) literal() ([]string, bool) {
 		return strings.Split(r.spec.Text, " "), exact
 	}
 	return r.spec.Argv, exact
+}
+
+// finding is one risky thing about a policy, for `acl doctor`.
+type finding struct {
+	Rule    string `json:"rule,omitempty"` // as written; empty: about the policy as a whole
+	List    string `json:"list,omitempty"`
+	Source  string `json:"source,omitempty"`
+	Code    string `json:"code"`    // stable kebab-case name, e.g. "allow-all"
+	Message string `json:"message"` // what is risky and what to write instead
 }
 
 // What the doctor warns of, most dangerous first, and the commands that it knows (without the version numbers at their ends).
@@ -414,10 +395,13 @@ const (
 
 // lint lists what is risky about the policy, most dangerous first.
 func (p *policy) lint() (all []finding) {
-	for _, r := range slices.Concat(p.deny, p.allow) {
+	open := false
+	for _, r := range p.ordered {
+		_, exact := r.literal()
+		open = open || r.by.Allowed && !exact
 		all = append(all, p.risks(r)...)
 	}
-	if len(p.deny) > 0 && slices.ContainsFunc(p.allow, func(r *rule) bool { _, exact := r.literal(); return !exact }) {
+	if open && !p.ordered[0].by.Allowed {
 		all = append(all, finding{Code: "deny-relied-upon", Message: "exec.deny is a seat belt, for no list holds every way to a command: let exec.allow be the boundary"})
 	}
 	slices.SortStableFunc(all, func(a, b finding) int { return strings.Index(dangers, a.Code) - strings.Index(dangers, b.Code) })
@@ -429,11 +413,10 @@ func (p *policy) risks(r *rule) (all []finding) {
 	argv, exact := r.literal()
 	_, by := p.decide(argv)
 	allow, text, word, seq := r.by.Allowed, r.spec.Argv == nil, r.firstWord(), r.words[0].seq
-	base := strings.TrimRight(path.Base(word), "0123456789.-")
-	harmless := exact && len(argv) == 2 && strings.Contains(harmlessArgs, " "+argv[1]+" ")
-	in := func(commands string) bool { return !harmless && strings.Contains(commands, " "+base+" ") }
+	base := " " + strings.TrimRight(path.Base(word), "0123456789.-") + " "
 	guarded := strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
-	same := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
+	harmless := exact && len(argv) == 2 && strings.Contains(harmlessArgs, " "+argv[1]+" ")
+	stops := func(d *rule) bool { return !d.by.Allowed && (d.by.Rule == r.by.Rule || d.by.Rule == "*") }
 	backwards := func(w pattern) bool { return w.re != nil && misordered.MatchString(w.text) }
 	loose := func(w pattern) bool {
 		return w.parts != nil || text && w.re != nil && openEnded.MatchString(w.text) || !w.exact() && (w.matches("-x") || w.matches("--x"))
@@ -442,16 +425,19 @@ func (p *policy) risks(r *rule) (all []finding) {
 		is            bool
 		code, message string
 	}{
-		{allow && (exact && by.List == listDeny || slices.ContainsFunc(p.deny, same)),
+		{allow && (exact && by.List == listDeny || slices.ContainsFunc(p.ordered, stops)),
 			"never-matches", "a deny rule stops everything that it allows: remove one of them"},
 		{slices.ContainsFunc(r.words, backwards) || allow && (exact && !by.Allowed || text && strings.ContainsFunc(word, spaceOrControl)),
 			"never-matches", "matches nothing: a name cannot hold white space here, and ^ stands first, $ last"},
-		{allow && r.matches(spell("zq0")) && r.matches(spell("Q_7", "-w", "~")), "allow-all", "allows every command: name the commands that are needed"},
+		{allow && r.matches(spelling{[]string{"zq0"}, "zq0"}) && r.matches(spelling{[]string{"Q_7", "-w", "~"}, "Q_7 -w ~"}),
+			"allow-all", "allows every command: name the commands that are needed"},
 		{allow && word == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards"},
 		{allow && text && r.words[0].re != nil && (len(seq) < 2 || seq[0].Op != syntax.OpBeginText || seq[len(seq)-1].Op != syntax.OpEndText),
 			"unanchored-regexp", "is found anywhere in a command: write it as /^…$/"},
-		{allow && in(runsPrograms), "runs-programs", fmt.Sprintf("%q can run other programs, so this may allow everything: allow the program that is needed", base)},
-		{allow && in(readsDirectory), "reads-directory", fmt.Sprintf("%q takes settings or code from the working directory: whoever writes there decides what runs", base)},
+		{allow && !harmless && strings.Contains(runsPrograms, base),
+			"runs-programs", "can run other programs, so this may allow everything: allow the program that is needed"},
+		{allow && !harmless && strings.Contains(readsDirectory, base),
+			"reads-directory", "takes settings or code from the working directory: whoever writes there decides what runs"},
 		{allow && !guarded && (r.rest || slices.ContainsFunc(r.words, loose)),
 			"admits-options", `lets any option through, also one that writes files or runs programs: name the arguments, or put "--" before them`},
 		{allow && text && exact && len(argv) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule"},
@@ -474,9 +460,9 @@ func broad(spec ruleSpec) string {
 	if err != nil {
 		return "" // editRules says what is wrong with it
 	}
-	wide := "allow-all open-command unanchored-regexp"
-	if _, exact := p.allow[0].literal(); !exact {
-		wide += " runs-programs reads-directory"
+	wide, _, _ := strings.Cut(dangers, "admits-options")
+	if _, exact := p.ordered[0].literal(); exact {
+		wide, _, _ = strings.Cut(dangers, "runs-programs")
 	}
 	for _, f := range p.lint() {
 		if strings.Contains(wide, f.Code) {
