@@ -94,29 +94,30 @@ type listedRule struct {
 	Source string   `json:"source"`
 }
 
-// policy is the compiled rules of all sources, immutable, in the order in which they are tried: every deny before any allow.
-type policy struct{ ordered []*rule }
+// policy is the compiled rules of all sources by their list, immutable.
+type policy struct{ list map[string][]*rule }
 
 // rule is one compiled rule and the decision that it makes.
 type rule struct {
-	words []pattern // of an argv rule one for each argument, of any other one for the joined string
-	rest  bool      // further arguments are admitted
 	spec  ruleSpec
 	by    decision
+	words []pattern // of an argv rule one for each argument, of any other one for the joined string
+	rest  bool      // further arguments are admitted
+	exact []string  // the only command that it matches, nil if there are more
 }
 
-// pattern is a regexp if re is set, a glob if parts is, a path.Match pattern if wild, else the text itself.
+// pattern is a string rule or an element of an argv rule.
 type pattern struct {
-	text  string           // as written, of a regexp what is between the slashes
-	parts []string         // what stands between the stars
-	re    *regexp.Regexp   // matches anywhere in a joined string, only the whole of an element
-	seq   []*syntax.Regexp // the pieces of re that must match one after the other, if it is such a sequence
-	wild  bool
+	kind    string            // "exact", "glob", "path.Match" or "regexp"
+	body    string            // of a regexp, what is between the slashes
+	matches func(string) bool // a regexp anywhere in a joined string, but only the whole of an element
+	command string            // the one name of a command that it can match, "" if there may be several
+	bounded bool              // a regexp that begins with ^ and ends with $
 }
 
 // compilePolicy compiles every rule of every set, or returns a *ruleError for the first that does not compile.
 func compilePolicy(sets []ruleSet) (*policy, error) {
-	p := &policy{}
+	p := &policy{map[string][]*rule{}}
 	for _, list := range []string{listDeny, listAllow} {
 		for _, set := range sets {
 			for i, spec := range map[string][]ruleSpec{listDeny: set.Deny, listAllow: set.Allow}[list] {
@@ -124,7 +125,7 @@ func compilePolicy(sets []ruleSet) (*policy, error) {
 				if err != nil {
 					return nil, &ruleError{set.Source, list, i, spec.String(), err}
 				}
-				p.ordered = append(p.ordered, r)
+				p.list[list] = append(p.list[list], r)
 			}
 		}
 	}
@@ -132,41 +133,42 @@ func compilePolicy(sets []ruleSet) (*policy, error) {
 }
 
 func compileRule(spec ruleSpec, set ruleSet, list string) (*rule, error) {
-	r := &rule{spec: spec, by: decision{list == listAllow, spec.String(), list, set.Source}}
+	r := &rule{spec: spec, by: decision{list == listAllow, spec.String(), list, set.Source}, exact: spec.Argv}
 	texts := spec.Argv
 	switch n := len(texts); {
 	case texts == nil:
-		texts = []string{spec.Text}
+		texts, r.exact = []string{spec.Text}, strings.Split(spec.Text, " ")
 	case n == 0 || strings.TrimSpace(texts[0]) == "" || texts[0] == moreArgs:
 		return nil, errors.New(`an argv rule begins with the name of a command: ["git", "log", "..."]`)
 	case texts[n-1] == moreArgs:
-		r.rest, texts = true, texts[:n-1]
+		texts, r.exact, r.rest = texts[:n-1], nil, true
 	}
 	for _, text := range texts {
 		w, err := compilePattern(text, spec.Argv != nil, list == listDeny)
 		if err != nil {
 			return nil, err
 		}
-		r.words = append(r.words, w)
+		if r.words = append(r.words, w); w.kind != "exact" {
+			r.exact = nil
+		}
 	}
 	plugin := set.Command != "" || strings.HasPrefix(set.Source, pluginSource)
-	if plugin && list == listAllow && (set.Command == "" || r.firstWord() != set.Command) {
+	if own := r.words[0].command; plugin && list == listAllow && (own == "" || own != set.Command) {
 		return nil, fmt.Errorf("a plugin may allow only its own command: begin the rule with %q and a space, literally", set.Command)
 	}
 	return r, nil
 }
 
-// compilePattern compiles a string rule, or an element of an argv rule. What looks like a rule of another kind is a mistake.
+// compilePattern compiles a string rule or an element of an argv rule. What looks like a rule of another kind is a mistake.
 func compilePattern(text string, element, deny bool) (pattern, error) {
 	between := strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
-	caret, closed := strings.HasPrefix(text, "/^"), strings.HasSuffix(text, "$/")
-	meta := strings.ContainsAny(text, regexpMeta)
+	caret, meta := strings.HasPrefix(text, "/^"), strings.ContainsAny(text, regexpMeta)
 	flags := flagged.FindStringSubmatch(text) // of "/bin/su" too: a plain word between slashes is a directory, unless the commonest flags follow
 	lame := caret || strings.HasPrefix(text, "^") || flags != nil && (meta || strings.Contains(text, " ") || strings.Trim(flags[1], "gi") == "")
 	if element {
-		between, lame = caret && closed, caret || meta && slashed.MatchString(text)
+		between, lame = caret && strings.HasSuffix(text, "$/"), caret || meta && slashed.MatchString(text)
 	}
-	p := pattern{text: text, wild: element && !between && strings.ContainsAny(text, "*?[")}
+	wild := element && !between && strings.ContainsAny(text, "*?[")
 	_, malformed := path.Match(text, "")
 	for _, mistake := range []struct {
 		made bool
@@ -179,58 +181,61 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 			`no flags follow its closing slash: write "/(?i)^sudo/"; a path is written in an argv rule`},
 		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl),
 			`a rule is UTF-8 without control characters: in a regexp write "\n" or "\x1b" for one`},
-		{p.wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
+		{wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
 		{between && (len(text) < 3 || element && text == "/^$/"), `a regexp needs something between its slashes; an empty argument is ""`},
 		{between && !slashed.MatchString(text), `a "/" inside a regexp is written "\/"; a path is better written in an argv rule: ["/bin/ls", "/tmp/"]`},
 	} {
 		if mistake.made {
-			return p, errors.New(mistake.say)
+			return pattern{}, errors.New(mistake.say)
 		}
 	}
-	switch {
+	p := pattern{kind: "exact", command: text, matches: func(s string) bool { return s == text }}
+	switch parts := strings.Split(text, "*"); {
 	case between:
 		return compileRegexp(text[1:len(text)-1], element, deny)
-	case !element && strings.Contains(text, "*"):
-		p.parts = strings.Split(text, "*")
+	case wild:
+		p = pattern{kind: "path.Match", matches: func(s string) bool { ok, _ := path.Match(text, s); return ok }}
+	case !element && len(parts) > 1:
+		p = pattern{kind: "glob", command: nameIn(parts[0], false), matches: func(s string) bool { return globMatch(parts, s) }}
+	case !element:
+		p.command = nameIn(text, true)
 	}
 	return p, nil
 }
 
-// compileRegexp holds the regexp of an element to the whole of it: "^a|b$" alone would find "axx" and "xxb".
+// compileRegexp holds the regexp of an element to the whole of it: "^a|b$" alone would find "axx" and "xxb". For the command
+// its syntax tree is asked, not its text: "^git *x" begins like "^git " and matches "gitx".
 func compileRegexp(body string, element, deny bool) (pattern, error) {
-	p, before, after := pattern{text: body}, "", ""
+	before, after := "", ""
 	if element {
 		before, after = `\A(?:`, `)\z`
 	}
 	if deny {
 		before += "(?s)" // "." matches a newline too, so that none evades the rule
 	}
-	tree, err := syntax.Parse(body, syntax.Perl) // by itself first, so that "a)|(?:b" does not close a group of ours
-	if err == nil {
-		p.re, err = regexp.Compile(before + body + after) // fails for an open \Q
+	tree, alone := syntax.Parse(body, syntax.Perl)      // fails for "a)|(?:b", which would close our group
+	re, framed := regexp.Compile(before + body + after) // fails for an open \Q
+	if e, ok := errors.AsType[*syntax.Error](errors.Join(alone, framed)); ok {
+		return pattern{}, fmt.Errorf("not a regexp of RE2 syntax: %s at %q", e.Code, e.Expr)
 	}
-	if e, ok := errors.AsType[*syntax.Error](err); ok {
-		return p, fmt.Errorf("not a regexp of RE2 syntax: %s at %q", e.Code, e.Expr)
-	}
-	if tree.Op == syntax.OpConcat {
-		p.seq = tree.Sub
+	p := pattern{kind: "regexp", body: body, matches: re.MatchString}
+	if seq := tree.Sub; !element && tree.Op == syntax.OpConcat && seq[0].Op == syntax.OpBeginText {
+		last := len(seq) - 1
+		p.bounded = seq[last].Op == syntax.OpEndText
+		if seq[1].Op == syntax.OpLiteral && seq[1].Flags&syntax.FoldCase == 0 {
+			p.command = nameIn(string(seq[1].Rune), p.bounded && last == 2)
+		}
 	}
 	return p, nil
 }
 
-func (p pattern) exact() bool { return p.re == nil && p.parts == nil && !p.wild }
-
-func (p pattern) matches(s string) bool {
-	switch {
-	case p.re != nil:
-		return p.re.MatchString(s)
-	case p.parts != nil:
-		return globMatch(p.parts, s)
-	case p.wild:
-		ok, err := path.Match(p.text, s)
-		return ok && err == nil
+// nameIn gives the first word of a text, "" if that may go on where the text ends.
+func nameIn(text string, ended bool) string {
+	name, _, spaced := strings.Cut(text, " ")
+	if !spaced && !ended {
+		return ""
 	}
-	return s == p.text
+	return name
 }
 
 // globMatch finds the parts in order, the first at the start and the last at the end. The leftmost place is always
@@ -246,34 +251,15 @@ func globMatch(parts []string, s string) bool {
 	return ok && strings.HasSuffix(s, parts[last])
 }
 
-// spelling is a command under one of its names, and joined with spaces.
-type spelling struct {
-	argv   []string
-	joined string
-}
-
-// spellings gives a copy of the command as sent, then every other name that a deny rule may know it by: without its
-// directory, and with aexec's two names exchanged, for they are one binary.
-func spellings(argv []string) (all []spelling) {
-	dir, base := path.Split(strings.TrimRight(argv[0], "/"))
-	names := []string{argv[0], base}
-	if other := map[string]string{"ae": "aexec", "aexec": "ae"}[base]; other != "" {
-		names = append(names, dir+other, other)
-	}
-	for _, name := range slices.Compact(names) {
-		named := slices.Concat([]string{name}, argv[1:])
-		all = append(all, spelling{named, strings.Join(named, " ")})
-	}
-	return all
-}
-
-func (r *rule) matches(s spelling) bool {
-	if r.spec.Argv == nil {
-		return r.words[0].matches(s.joined)
+func (r *rule) matches(argv []string, joined string) bool {
+	if r.spec.Argv == nil { // joined, "git init x" as a name and git with two arguments are the same string, which only an argv rule may allow
+		return r.words[0].matches(joined) && !(r.by.Allowed && strings.ContainsFunc(argv[0], spaceOrControl))
 	}
 	n := len(r.words)
-	return len(s.argv) >= n && (r.rest || len(s.argv) == n) && slices.EqualFunc(r.words, s.argv[:n], pattern.matches)
+	return len(argv) >= n && (r.rest || len(argv) == n) && slices.EqualFunc(r.words, argv[:n], func(w pattern, s string) bool { return w.matches(s) })
 }
+
+func spaceOrControl(c rune) bool { return unicode.IsSpace(c) || unicode.IsControl(c) }
 
 // checkArgv says what is wrong with args as a command, nil if nothing is.
 func checkArgv(argv []string) error {
@@ -296,28 +282,45 @@ func checkArgv(argv []string) error {
 	return nil
 }
 
+// names gives a command's name as sent, then every other that a deny rule may know it by: without its directory, and with
+// aexec's two names exchanged, for they are one binary.
+func names(sent string) []string {
+	dir, base := path.Split(strings.TrimRight(sent, "/"))
+	all := []string{sent, base}
+	if other := map[string]string{"ae": "aexec", "aexec": "ae"}[base]; other != "" {
+		all = append(all, dir+other, other)
+	}
+	return slices.Compact(all)
+}
+
+// first gives the first rule of a list that matches, nil if none does.
+func (p *policy) first(list string, argv []string) *rule {
+	joined := strings.Join(argv, " ")
+	for _, r := range p.list[list] {
+		if r.matches(argv, joined) {
+			return r
+		}
+	}
+	return nil
+}
+
 // decide is the one decision: deny first, then allow, then refuse. The approved value holds a copy of argv
 // and is the zero value when the decision is not allowed.
 func (p *policy) decide(argv []string) (approved, decision) {
 	if checkArgv(argv) != nil {
 		return approved{}, decision{} // fail safe: callers have checked
 	}
-	names := spellings(argv)
-	sent := names[0]
-	// Joined, "git init x" as a name and git with two arguments are the same string; only an argv rule can tell them apart.
-	plain := !strings.ContainsFunc(argv[0], spaceOrControl)
-	for _, r := range p.ordered {
-		switch {
-		case !r.by.Allowed && slices.ContainsFunc(names, r.matches):
+	argv = slices.Clone(argv)
+	for _, name := range names(argv[0]) {
+		if r := p.first(listDeny, slices.Concat([]string{name}, argv[1:])); r != nil {
 			return approved{}, r.by
-		case r.by.Allowed && (plain || r.spec.Argv != nil) && r.matches(sent):
-			return approved{sent.argv, r.by}, r.by
 		}
+	}
+	if r := p.first(listAllow, argv); r != nil {
+		return approved{argv, r.by}, r.by
 	}
 	return approved{}, decision{}
 }
-
-func spaceOrControl(c rune) bool { return unicode.IsSpace(c) || unicode.IsControl(c) }
 
 // approveUnchecked makes an approved value that no rule decided: only for a plugin's own hook file, for what a
 // trusted plugin with "invoke":"run" leads to, and for the help of a tool that the operator makes a plugin of.
@@ -330,45 +333,10 @@ func approveUnchecked(argv []string, source string) approved {
 
 // rules lists the effective rules in the order in which they are tried.
 func (p *policy) rules() (all []listedRule) {
-	for _, r := range p.ordered {
+	for _, r := range slices.Concat(p.list[listDeny], p.list[listAllow]) {
 		all = append(all, listedRule{r.by.List, r.spec, r.by.Source})
 	}
 	return all
-}
-
-// firstWord gives the one command name that the rule can match, "" if there may be several. For a regexp its syntax
-// tree is asked, not its text: "^git *x" begins like "^git " and matches "gitx".
-func (r *rule) firstWord() string {
-	first := r.words[0]
-	text, seq := first.text+" ", first.seq
-	switch {
-	case r.spec.Argv != nil && first.exact():
-		return first.text
-	case r.spec.Argv != nil:
-		return ""
-	case first.re != nil:
-		if len(seq) < 2 || seq[0].Op != syntax.OpBeginText || seq[1].Op != syntax.OpLiteral || seq[1].Flags&syntax.FoldCase != 0 {
-			return ""
-		}
-		text = string(seq[1].Rune)
-		if len(seq) == 3 && seq[2].Op == syntax.OpEndText {
-			text += " "
-		}
-	}
-	word, _, ended := strings.Cut(text, " ")
-	if !ended || strings.Contains(word, "*") {
-		return ""
-	}
-	return word
-}
-
-// literal gives the arguments that an exact rule names, false if the rule is not exact.
-func (r *rule) literal() ([]string, bool) {
-	exact := !r.rest && !slices.ContainsFunc(r.words, func(w pattern) bool { return !w.exact() })
-	if r.spec.Argv == nil {
-		return strings.Split(r.spec.Text, " "), exact
-	}
-	return r.spec.Argv, exact
 }
 
 // finding is one risky thing about a policy, for `acl doctor`.
@@ -382,27 +350,23 @@ type finding struct {
 
 // What the doctor warns of, most dangerous first, and the commands that it knows (without the version numbers at their ends).
 const (
-	dangers = "allow-all open-command unanchored-regexp runs-programs reads-directory admits-options deny-relied-upon deny-path ambiguous-words relative-name never-matches"
-
-	runsPrograms = " sh ash bash dash zsh fish ksh csh tcsh pwsh busybox env xargs find fd parallel nice nohup setsid timeout time watch stdbuf script expect" +
-		" sudo doas su runuser setpriv chroot unshare nsenter flock ssh scp sftp rsync tar cpio zip awk gawk mawk nawk sed ed ex vi vim nvim emacs nano less more man" +
-		" perl ruby python pypy node deno bun php lua tclsh java docker podman nerdctl kubectl helm crontab at batch systemctl systemd-run gdb strace ltrace" +
-		" sqlite psql mysql socat nc ncat openssl npx uvx "
-	readsDirectory = " git hg svn make gmake cmake ninja just task npm npx pnpm yarn bun deno node tsc jest eslint cargo go gradle mvn ant pip poetry uv tox pytest" +
-		" python bundle rake composer mix dotnet terraform ansible ansible-playbook docker-compose vagrant direnv pre-commit "
-	harmlessArgs = " --version -v -V version --help -h help "
+	dangers      = "allow-all open-command unanchored-regexp runs-programs reads-directory admits-options deny-relied-upon deny-path ambiguous-words relative-name never-matches"
+	runsPrograms = " sh ash bash dash zsh fish ksh csh tcsh pwsh busybox env xargs find fd parallel nice nohup setsid timeout time watch stdbuf script" +
+		" expect sudo doas su runuser setpriv chroot unshare nsenter flock ssh scp sftp rsync tar cpio zip awk gawk mawk nawk sed ed ex vi vim nvim emacs" +
+		" nano less more man perl ruby python pypy node deno bun php lua tclsh java docker podman nerdctl kubectl helm crontab at batch systemctl" +
+		" systemd-run gdb strace ltrace sqlite psql mysql socat nc ncat openssl npx uvx "
+	readsDirectory = " git hg svn make gmake cmake ninja just task npm npx pnpm yarn bun deno node tsc jest eslint cargo go gradle mvn ant pip poetry uv" +
+		" tox pytest python bundle rake composer mix dotnet terraform ansible ansible-playbook docker-compose vagrant direnv pre-commit "
 )
 
 // lint lists what is risky about the policy, most dangerous first.
 func (p *policy) lint() (all []finding) {
-	open := false
-	for _, r := range p.ordered {
-		_, exact := r.literal()
-		open = open || r.by.Allowed && !exact
+	for _, r := range slices.Concat(p.list[listDeny], p.list[listAllow]) {
 		all = append(all, p.risks(r)...)
 	}
-	if open && !p.ordered[0].by.Allowed {
-		all = append(all, finding{Code: "deny-relied-upon", Message: "exec.deny is a seat belt, for no list holds every way to a command: let exec.allow be the boundary"})
+	if len(p.list[listDeny]) > 0 && slices.ContainsFunc(p.list[listAllow], func(r *rule) bool { return r.exact == nil }) {
+		all = append(all, finding{Code: "deny-relied-upon",
+			Message: "exec.deny is a seat belt, for no list holds every way to a command: let exec.allow be the boundary"})
 	}
 	slices.SortStableFunc(all, func(a, b finding) int { return strings.Index(dangers, a.Code) - strings.Index(dangers, b.Code) })
 	return all
@@ -410,39 +374,38 @@ func (p *policy) lint() (all []finding) {
 
 // risks lists what is risky about one rule. The first three findings say all there is to say of their rule.
 func (p *policy) risks(r *rule) (all []finding) {
-	argv, exact := r.literal()
-	_, by := p.decide(argv)
-	allow, text, word, seq := r.by.Allowed, r.spec.Argv == nil, r.firstWord(), r.words[0].seq
-	base := " " + strings.TrimRight(path.Base(word), "0123456789.-") + " "
+	_, by := p.decide(r.exact)
+	allow, text, exact, first := r.by.Allowed, r.spec.Argv == nil, r.exact != nil, r.words[0]
+	tool := " " + strings.TrimRight(path.Base(first.command), "0123456789.-") + " "
+	harmless := len(r.exact) == 2 && strings.Contains(" --version -v -V version --help -h help ", " "+r.exact[1]+" ")
 	guarded := strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
-	harmless := exact && len(argv) == 2 && strings.Contains(harmlessArgs, " "+argv[1]+" ")
-	stops := func(d *rule) bool { return !d.by.Allowed && (d.by.Rule == r.by.Rule || d.by.Rule == "*") }
-	backwards := func(w pattern) bool { return w.re != nil && misordered.MatchString(w.text) }
+	stops := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
+	backwards := func(w pattern) bool { return misordered.MatchString(w.body) }
 	loose := func(w pattern) bool {
-		return w.parts != nil || text && w.re != nil && openEnded.MatchString(w.text) || !w.exact() && (w.matches("-x") || w.matches("--x"))
+		return w.kind == "glob" || text && openEnded.MatchString(w.body) || w.kind != "exact" && (w.matches("-x") || w.matches("--x"))
 	}
 	for i, c := range []struct {
 		is            bool
 		code, message string
 	}{
-		{allow && (exact && by.List == listDeny || slices.ContainsFunc(p.ordered, stops)),
+		{allow && (by.List == listDeny || slices.ContainsFunc(p.list[listDeny], stops)),
 			"never-matches", "a deny rule stops everything that it allows: remove one of them"},
-		{slices.ContainsFunc(r.words, backwards) || allow && (exact && !by.Allowed || text && strings.ContainsFunc(word, spaceOrControl)),
+		{slices.ContainsFunc(r.words, backwards) || allow && (exact && !by.Allowed || text && strings.ContainsFunc(first.command, spaceOrControl)),
 			"never-matches", "matches nothing: a name cannot hold white space here, and ^ stands first, $ last"},
-		{allow && r.matches(spelling{[]string{"zq0"}, "zq0"}) && r.matches(spelling{[]string{"Q_7", "-w", "~"}, "Q_7 -w ~"}),
+		{allow && r.matches([]string{"zq0"}, "zq0") && r.matches([]string{"Q_7", "-w", "~"}, "Q_7 -w ~"),
 			"allow-all", "allows every command: name the commands that are needed"},
-		{allow && word == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards"},
-		{allow && text && r.words[0].re != nil && (len(seq) < 2 || seq[0].Op != syntax.OpBeginText || seq[len(seq)-1].Op != syntax.OpEndText),
-			"unanchored-regexp", "is found anywhere in a command: write it as /^…$/"},
-		{allow && !harmless && strings.Contains(runsPrograms, base),
+		{allow && first.command == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards"},
+		{allow && text && first.kind == "regexp" && !first.bounded, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/"},
+		{allow && !harmless && strings.Contains(runsPrograms, tool),
 			"runs-programs", "can run other programs, so this may allow everything: allow the program that is needed"},
-		{allow && !harmless && strings.Contains(readsDirectory, base),
+		{allow && !harmless && strings.Contains(readsDirectory, tool),
 			"reads-directory", "takes settings or code from the working directory: whoever writes there decides what runs"},
 		{allow && !guarded && (r.rest || slices.ContainsFunc(r.words, loose)),
 			"admits-options", `lets any option through, also one that writes files or runs programs: name the arguments, or put "--" before them`},
-		{allow && text && exact && len(argv) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule"},
-		{allow && strings.Contains(word, "/") && !path.IsAbs(word), "relative-name", "depends on the working directory: write the absolute path, or the name alone"},
-		{!allow && strings.Contains(word, "/"), "deny-path", "stops only this spelling of the path: write the name alone, which is tried for every directory"},
+		{allow && text && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule"},
+		{allow && strings.Contains(first.command, "/") && !path.IsAbs(first.command),
+			"relative-name", "depends on the working directory: write the absolute path, or the name alone"},
+		{!allow && strings.Contains(first.command, "/"), "deny-path", "stops only this path: write the name alone, which is tried for every directory"},
 	} {
 		if c.is {
 			all = append(all, finding{r.by.Rule, r.by.List, r.by.Source, c.code, c.message})
@@ -460,14 +423,13 @@ func broad(spec ruleSpec) string {
 	if err != nil {
 		return "" // editRules says what is wrong with it
 	}
-	wide, _, _ := strings.Cut(dangers, "admits-options")
-	if _, exact := p.ordered[0].literal(); exact {
-		wide, _, _ = strings.Cut(dangers, "runs-programs")
+	narrower := "admits-options" // in the order of danger
+	if p.list[listAllow][0].exact != nil {
+		narrower = "runs-programs"
 	}
-	for _, f := range p.lint() {
-		if strings.Contains(wide, f.Code) {
-			return f.Message
-		}
+	wide, _, _ := strings.Cut(dangers, narrower)
+	if all := p.lint(); len(all) > 0 && strings.Contains(wide, all[0].Code) {
+		return all[0].Message
 	}
 	return ""
 }
