@@ -48,10 +48,7 @@ func (r ruleSpec) String() string {
 
 // MarshalJSON writes the rule back as the string or array that it was.
 func (r ruleSpec) MarshalJSON() ([]byte, error) {
-	if r.Argv == nil {
-		return marshal(r.Text), nil
-	}
-	return marshal(r.Argv), nil
+	return marshal(map[bool]any{true: r.Text, false: r.Argv}[r.Argv == nil]), nil
 }
 
 // ruleSet is the rules of one source.
@@ -177,10 +174,8 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 		{!element && strings.TrimSpace(text) == "", "an empty rule names no command: remove it"},
 		{text == moreArgs, `"..." stands only at the end of an argv rule: write ["command", "..."], or "/^\.\.\.$/" for three literal dots`},
 		{!element && strings.HasPrefix(text, `["`), `an argv rule is an array, not a string: write ["git", "log"] without quotes around it`},
-		{!between && lame, `a regexp stands between slashes, "/^git (log|status)$/", or in an argv rule "/^[0-9]+$/"; ` +
-			`no flags follow its closing slash: write "/(?i)^sudo/"; a path is written in an argv rule`},
-		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl),
-			`a rule is UTF-8 without control characters: in a regexp write "\n" or "\x1b" for one`},
+		{!between && lame, `a regexp stands between slashes: "/(?i)^sudo/", in an argv rule "/^[0-9]+$/"; no flags follow its closing slash`},
+		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl), `a rule is UTF-8 without control characters: in a regexp write "\n" for one`},
 		{wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
 		{between && (len(text) < 3 || element && text == "/^$/"), `a regexp needs something between its slashes; an empty argument is ""`},
 		{between && !slashed.MatchString(text), `a "/" inside a regexp is written "\/"; a path is better written in an argv rule: ["/bin/ls", "/tmp/"]`},
@@ -196,9 +191,9 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 	case wild:
 		p = pattern{kind: "path.Match", matches: func(s string) bool { ok, _ := path.Match(text, s); return ok }}
 	case !element && len(parts) > 1:
-		p = pattern{kind: "glob", command: nameIn(parts[0], false), matches: func(s string) bool { return globMatch(parts, s) }}
+		p = pattern{kind: "glob", command: wordIn(parts[0]), matches: func(s string) bool { return globMatch(parts, s) }}
 	case !element:
-		p.command = nameIn(text, true)
+		p.command = wordIn(text + " ")
 	}
 	return p, nil
 }
@@ -220,23 +215,20 @@ func compileRegexp(body string, element, deny bool) (pattern, error) {
 	}
 	p := pattern{kind: "regexp", body: body, matches: re.MatchString}
 	if seq := tree.Sub; !element && tree.Op == syntax.OpConcat && seq[0].Op == syntax.OpBeginText {
-		last := len(seq) - 1
-		p.bounded = seq[last].Op == syntax.OpEndText
+		p.bounded = seq[len(seq)-1].Op == syntax.OpEndText
+		start := string(seq[1].Rune) // of anything but a literal there are none
+		if p.bounded && len(seq) == 3 {
+			start += " "
+		}
 		if seq[1].Op == syntax.OpLiteral && seq[1].Flags&syntax.FoldCase == 0 {
-			p.command = nameIn(string(seq[1].Rune), p.bounded && last == 2)
+			p.command = wordIn(start)
 		}
 	}
 	return p, nil
 }
 
-// nameIn gives the first word of a text, "" if that may go on where the text ends.
-func nameIn(text string, ended bool) string {
-	name, _, spaced := strings.Cut(text, " ")
-	if !spaced && !ended {
-		return ""
-	}
-	return name
-}
+// wordIn gives the first word of a text, "" if no space ends it.
+func wordIn(text string) string { return text[:max(0, strings.Index(text, " "))] }
 
 // globMatch finds the parts in order, the first at the start and the last at the end. The leftmost place is always
 // good enough for the parts between, so nothing is tried twice.
@@ -350,7 +342,8 @@ type finding struct {
 
 // What the doctor warns of, most dangerous first, and the commands that it knows (without the version numbers at their ends).
 const (
-	dangers      = "allow-all open-command unanchored-regexp runs-programs reads-directory admits-options deny-relied-upon deny-path ambiguous-words relative-name never-matches"
+	dangers = "allow-all open-command unanchored-regexp runs-programs reads-directory admits-options deny-relied-upon" +
+		" deny-path ambiguous-words relative-name never-matches"
 	runsPrograms = " sh ash bash dash zsh fish ksh csh tcsh pwsh busybox env xargs find fd parallel nice nohup setsid timeout time watch stdbuf script" +
 		" expect sudo doas su runuser setpriv chroot unshare nsenter flock ssh scp sftp rsync tar cpio zip awk gawk mawk nawk sed ed ex vi vim nvim emacs" +
 		" nano less more man perl ruby python pypy node deno bun php lua tclsh java docker podman nerdctl kubectl helm crontab at batch systemctl" +
@@ -372,48 +365,41 @@ func (p *policy) lint() (all []finding) {
 	return all
 }
 
-// risks lists what is risky about one rule. The first three findings say all there is to say of their rule.
+// risks lists what is risky about one rule.
 func (p *policy) risks(r *rule) (all []finding) {
-	_, by := p.decide(r.exact)
-	allow, text, exact, first := r.by.Allowed, r.spec.Argv == nil, r.exact != nil, r.words[0]
-	tool := " " + strings.TrimRight(path.Base(first.command), "0123456789.-") + " "
-	harmless := len(r.exact) == 2 && strings.Contains(" --version -v -V version --help -h help ", " "+r.exact[1]+" ")
-	guarded := strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
-	stops := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
-	backwards := func(w pattern) bool { return misordered.MatchString(w.body) }
-	loose := func(w pattern) bool {
-		return w.kind == "glob" || text && openEnded.MatchString(w.body) || w.kind != "exact" && (w.matches("-x") || w.matches("--x"))
-	}
-	for i, c := range []struct {
-		is            bool
-		code, message string
-	}{
-		{allow && (by.List == listDeny || slices.ContainsFunc(p.list[listDeny], stops)),
-			"never-matches", "a deny rule stops everything that it allows: remove one of them"},
-		{slices.ContainsFunc(r.words, backwards) || allow && (exact && !by.Allowed || text && strings.ContainsFunc(first.command, spaceOrControl)),
-			"never-matches", "matches nothing: a name cannot hold white space here, and ^ stands first, $ last"},
-		{allow && r.matches([]string{"zq0"}, "zq0") && r.matches([]string{"Q_7", "-w", "~"}, "Q_7 -w ~"),
-			"allow-all", "allows every command: name the commands that are needed"},
-		{allow && first.command == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards"},
-		{allow && text && first.kind == "regexp" && !first.bounded, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/"},
-		{allow && !harmless && strings.Contains(runsPrograms, tool),
-			"runs-programs", "can run other programs, so this may allow everything: allow the program that is needed"},
-		{allow && !harmless && strings.Contains(readsDirectory, tool),
-			"reads-directory", "takes settings or code from the working directory: whoever writes there decides what runs"},
-		{allow && !guarded && (r.rest || slices.ContainsFunc(r.words, loose)),
-			"admits-options", `lets any option through, also one that writes files or runs programs: name the arguments, or put "--" before them`},
-		{allow && text && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule"},
-		{allow && strings.Contains(first.command, "/") && !path.IsAbs(first.command),
-			"relative-name", "depends on the working directory: write the absolute path, or the name alone"},
-		{!allow && strings.Contains(first.command, "/"), "deny-path", "stops only this path: write the name alone, which is tried for every directory"},
-	} {
-		if c.is {
-			all = append(all, finding{r.by.Rule, r.by.List, r.by.Source, c.code, c.message})
-			if i < 3 {
-				break
-			}
+	add := func(is bool, code, message string) bool {
+		if is {
+			all = append(all, finding{r.by.Rule, r.by.List, r.by.Source, code, message})
 		}
+		return is
 	}
+	first, name := r.words[0], r.words[0].command
+	backwards := slices.ContainsFunc(r.words, func(w pattern) bool { return misordered.MatchString(w.body) })
+	if add(backwards, "never-matches", "matches nothing: ^ stands first, $ last") || !r.by.Allowed {
+		add(!r.by.Allowed && strings.Contains(name, "/"), "deny-path", "stops only this path: write the name alone, which is tried for every directory")
+		return all
+	}
+	_, by := p.decide(r.exact)
+	same := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
+	everything := r.matches([]string{"zq0"}, "zq0") && r.matches([]string{"Q_7", "-w", "~"}, "Q_7 -w ~") // names nobody allows on purpose
+	if add(by.List == listDeny || slices.ContainsFunc(p.list[listDeny], same), "never-matches", "a deny rule stops all that it allows: remove one of them") ||
+		add(r.exact != nil && !by.Allowed, "never-matches", "matches nothing: a name with white space needs an argv rule") ||
+		add(everything, "allow-all", "allows every command: name the commands that are needed") {
+		return all // there is no more to say of it
+	}
+	text, guarded := r.spec.Argv == nil, strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
+	loose := r.rest || slices.ContainsFunc(r.words, func(w pattern) bool {
+		return w.kind == "glob" || text && openEnded.MatchString(w.body) || w.kind != "exact" && (w.matches("-x") || w.matches("--x"))
+	})
+	tool := " " + strings.TrimRight(path.Base(name), "0123456789.-") + " "
+	harmless := len(r.exact) == 2 && strings.Contains(" --version -v -V version --help -h help ", " "+r.exact[1]+" ")
+	add(name == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards")
+	add(text && first.kind == "regexp" && !first.bounded, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/")
+	add(!harmless && strings.Contains(runsPrograms, tool), "runs-programs", "can run other programs, perhaps all: allow the program that is needed")
+	add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys the files of its working directory: whoever writes there decides what runs")
+	add(loose && !guarded, "admits-options", `lets any option through, also one that writes or runs a file: name the arguments, or put "--" before them`)
+	add(text && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule")
+	add(strings.Contains(name, "/") && !path.IsAbs(name), "relative-name", "depends on the working directory: write the absolute path, or the name alone")
 	return all
 }
 
@@ -423,11 +409,7 @@ func broad(spec ruleSpec) string {
 	if err != nil {
 		return "" // editRules says what is wrong with it
 	}
-	narrower := "admits-options" // in the order of danger
-	if p.list[listAllow][0].exact != nil {
-		narrower = "runs-programs"
-	}
-	wide, _, _ := strings.Cut(dangers, narrower)
+	wide, _, _ := strings.Cut(dangers, map[bool]string{true: "runs-programs", false: "admits-options"}[p.list[listAllow][0].exact != nil])
 	if all := p.lint(); len(all) > 0 && strings.Contains(wide, all[0].Code) {
 		return all[0].Message
 	}
