@@ -27,7 +27,7 @@ const (
 
 var ( // compiled once; in a regexp between slashes every other "/" is escaped, and other languages put flags behind the last
 	slashed    = regexp.MustCompile(`^/(?:[^/\\]|\\.)+/$`)
-	flagged    = regexp.MustCompile(`^/(?:[^/\\]|\\.)+/([dgimnsuvxyAU]+)$`)
+	flagged    = regexp.MustCompile(`^/(?:[^/\\]|\\.)+/[dgimnsuvxyAU]+$`)
 	openEnded  = regexp.MustCompile(`\.[*+{]|\\S|\[\^`)                            // matches words of any kind
 	misordered = regexp.MustCompile(`^[^|()\[\\]*(?:\$[\w ](?:[^*?{]|$)|[\w ]\^)`) // text after the end, or before the beginning
 )
@@ -60,10 +60,9 @@ type ruleSet struct {
 
 // ruleError names the rule that does not compile, so that its reader can add file, line and column.
 type ruleError struct {
-	Source, List string
-	Index        int    // of the rule in that list
-	Rule         string // as written
-	Err          error  // says what to write instead
+	Source, List, Rule string // the rule as written
+	Index              int    // of the rule in that list
+	Err                error  // says what to write instead
 }
 
 func (e *ruleError) Error() string {
@@ -98,8 +97,7 @@ type policy struct{ list map[string][]*rule }
 type rule struct {
 	spec  ruleSpec
 	by    decision
-	words []pattern // of an argv rule one for each argument, of any other one for the joined string
-	rest  bool      // further arguments are admitted
+	words []pattern // of an argv rule one for each argument but "...", of any other one for the joined string
 	exact []string  // the only command that it matches, nil if there are more
 }
 
@@ -120,7 +118,7 @@ func compilePolicy(sets []ruleSet) (*policy, error) {
 			for i, spec := range map[string][]ruleSpec{listDeny: set.Deny, listAllow: set.Allow}[list] {
 				r, err := compileRule(spec, set, list)
 				if err != nil {
-					return nil, &ruleError{set.Source, list, i, spec.String(), err}
+					return nil, &ruleError{set.Source, list, spec.String(), i, err}
 				}
 				p.list[list] = append(p.list[list], r)
 			}
@@ -138,7 +136,7 @@ func compileRule(spec ruleSpec, set ruleSet, list string) (*rule, error) {
 	case n == 0 || strings.TrimSpace(texts[0]) == "" || texts[0] == moreArgs:
 		return nil, errors.New(`an argv rule begins with the name of a command: ["git", "log", "..."]`)
 	case texts[n-1] == moreArgs:
-		texts, r.exact, r.rest = texts[:n-1], nil, true
+		texts, r.exact = texts[:n-1], nil
 	}
 	for _, text := range texts {
 		w, err := compilePattern(text, spec.Argv != nil, list == listDeny)
@@ -160,8 +158,8 @@ func compileRule(spec ruleSpec, set ruleSet, list string) (*rule, error) {
 func compilePattern(text string, element, deny bool) (pattern, error) {
 	between := strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
 	caret, meta := strings.HasPrefix(text, "/^"), strings.ContainsAny(text, regexpMeta)
-	flags := flagged.FindStringSubmatch(text) // of "/bin/su" too: a plain word between slashes is a directory, unless the commonest flags follow
-	lame := caret || strings.HasPrefix(text, "^") || flags != nil && (meta || strings.Contains(text, " ") || strings.Trim(flags[1], "gi") == "")
+	sure := meta || strings.Contains(text, " ") || strings.Trim(path.Base(text), "gi") == "" // a regexp and not "/bin/su", which looks flagged too
+	lame := caret || strings.HasPrefix(text, "^") || sure && flagged.MatchString(text)
 	if element {
 		between, lame = caret && strings.HasSuffix(text, "$/"), caret || meta && slashed.MatchString(text)
 	}
@@ -175,7 +173,7 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 		{text == moreArgs, `"..." stands only at the end of an argv rule: write ["command", "..."], or "/^\.\.\.$/" for three literal dots`},
 		{!element && strings.HasPrefix(text, `["`), `an argv rule is an array, not a string: write ["git", "log"] without quotes around it`},
 		{!between && lame, `a regexp stands between slashes: "/(?i)^sudo/", in an argv rule "/^[0-9]+$/"; no flags follow its closing slash`},
-		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl), `a rule is UTF-8 without control characters: in a regexp write "\n" for one`},
+		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl), `a rule is UTF-8 without control characters: write "\n" in a regexp`},
 		{wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
 		{between && (len(text) < 3 || element && text == "/^$/"), `a regexp needs something between its slashes; an empty argument is ""`},
 		{between && !slashed.MatchString(text), `a "/" inside a regexp is written "\/"; a path is better written in an argv rule: ["/bin/ls", "/tmp/"]`},
@@ -184,7 +182,7 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 			return pattern{}, errors.New(mistake.say)
 		}
 	}
-	p := pattern{kind: "exact", command: text, matches: func(s string) bool { return s == text }}
+	p := pattern{kind: "exact", command: wordIn(text + " "), matches: func(s string) bool { return s == text }}
 	switch parts := strings.Split(text, "*"); {
 	case between:
 		return compileRegexp(text[1:len(text)-1], element, deny)
@@ -192,8 +190,8 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 		p = pattern{kind: "path.Match", matches: func(s string) bool { ok, _ := path.Match(text, s); return ok }}
 	case !element && len(parts) > 1:
 		p = pattern{kind: "glob", command: wordIn(parts[0]), matches: func(s string) bool { return globMatch(parts, s) }}
-	case !element:
-		p.command = wordIn(text + " ")
+	case element:
+		p.command = text
 	}
 	return p, nil
 }
@@ -216,12 +214,11 @@ func compileRegexp(body string, element, deny bool) (pattern, error) {
 	p := pattern{kind: "regexp", body: body, matches: re.MatchString}
 	if seq := tree.Sub; !element && tree.Op == syntax.OpConcat && seq[0].Op == syntax.OpBeginText {
 		p.bounded = seq[len(seq)-1].Op == syntax.OpEndText
-		start := string(seq[1].Rune) // of anything but a literal there are none
-		if p.bounded && len(seq) == 3 {
-			start += " "
-		}
-		if seq[1].Op == syntax.OpLiteral && seq[1].Flags&syntax.FoldCase == 0 {
-			p.command = wordIn(start)
+		if start := seq[1]; start.Op == syntax.OpLiteral && start.Flags&syntax.FoldCase == 0 {
+			p.command = wordIn(string(start.Rune))
+			if p.bounded && len(seq) == 3 {
+				p.command = wordIn(string(start.Rune) + " ")
+			}
 		}
 	}
 	return p, nil
@@ -230,8 +227,7 @@ func compileRegexp(body string, element, deny bool) (pattern, error) {
 // wordIn gives the first word of a text, "" if no space ends it.
 func wordIn(text string) string { return text[:max(0, strings.Index(text, " "))] }
 
-// globMatch finds the parts in order, the first at the start and the last at the end. The leftmost place is always
-// good enough for the parts between, so nothing is tried twice.
+// globMatch finds the parts in order, first and last at the ends. Of those between the leftmost place will do, so nothing is tried twice.
 func globMatch(parts []string, s string) bool {
 	last := len(parts) - 1
 	s, ok := strings.CutPrefix(s, parts[0])
@@ -244,11 +240,12 @@ func globMatch(parts []string, s string) bool {
 }
 
 func (r *rule) matches(argv []string, joined string) bool {
-	if r.spec.Argv == nil { // joined, "git init x" as a name and git with two arguments are the same string, which only an argv rule may allow
+	if r.spec.Argv == nil { // joined, "git init x" is a name or git with two arguments: only an argv rule can tell them apart
 		return r.words[0].matches(joined) && !(r.by.Allowed && strings.ContainsFunc(argv[0], spaceOrControl))
 	}
-	n := len(r.words)
-	return len(argv) >= n && (r.rest || len(argv) == n) && slices.EqualFunc(r.words, argv[:n], func(w pattern, s string) bool { return w.matches(s) })
+	n, same := len(r.words), func(w pattern, arg string) bool { return w.matches(arg) }
+	rest := len(r.spec.Argv) > n // "..." admits further arguments
+	return len(argv) >= n && (rest || len(argv) == n) && slices.EqualFunc(r.words, argv[:n], same)
 }
 
 func spaceOrControl(c rune) bool { return unicode.IsSpace(c) || unicode.IsControl(c) }
@@ -262,20 +259,16 @@ func checkArgv(argv []string) error {
 	for i, arg := range argv {
 		total += len(arg)
 		switch {
-		case strings.Contains(arg, "\x00"):
-			return fmt.Errorf("args[%d] contains a NUL byte, which no command can be given", i)
-		case !utf8.ValidString(arg):
-			return fmt.Errorf("args[%d] is not valid UTF-8", i)
+		case strings.Contains(arg, "\x00") || !utf8.ValidString(arg):
+			return fmt.Errorf("args[%d] must be UTF-8 without a NUL byte", i)
 		case len(arg) >= maxArgBytes || total > maxArgvBytes:
-			return fmt.Errorf("args are too long at args[%d]: each must be shorter than %d bytes, and all together, with the spaces between, at most %d",
-				i, maxArgBytes, maxArgvBytes)
+			return fmt.Errorf("args[%d] is too long: each must be under %d bytes, all with spaces between at most %d", i, maxArgBytes, maxArgvBytes)
 		}
 	}
 	return nil
 }
 
-// names gives a command's name as sent, then every other that a deny rule may know it by: without its directory, and with
-// aexec's two names exchanged, for they are one binary.
+// names gives a command's name as sent, then all that a deny rule may know it by: without its directory, and ae and aexec exchanged.
 func names(sent string) []string {
 	dir, base := path.Split(strings.TrimRight(sent, "/"))
 	all := []string{sent, base}
@@ -296,8 +289,7 @@ func (p *policy) first(list string, argv []string) *rule {
 	return nil
 }
 
-// decide is the one decision: deny first, then allow, then refuse. The approved value holds a copy of argv
-// and is the zero value when the decision is not allowed.
+// decide is the one decision: deny first, then allow, then refuse. Approved is a copy of argv, or nothing at all.
 func (p *policy) decide(argv []string) (approved, decision) {
 	if checkArgv(argv) != nil {
 		return approved{}, decision{} // fail safe: callers have checked
@@ -358,8 +350,7 @@ func (p *policy) lint() (all []finding) {
 		all = append(all, p.risks(r)...)
 	}
 	if len(p.list[listDeny]) > 0 && slices.ContainsFunc(p.list[listAllow], func(r *rule) bool { return r.exact == nil }) {
-		all = append(all, finding{Code: "deny-relied-upon",
-			Message: "exec.deny is a seat belt, for no list holds every way to a command: let exec.allow be the boundary"})
+		all = append(all, finding{Code: "deny-relied-upon", Message: "exec.deny is a seat belt, it cannot hold every way: let exec.allow be the boundary"})
 	}
 	slices.SortStableFunc(all, func(a, b finding) int { return strings.Index(dangers, a.Code) - strings.Index(dangers, b.Code) })
 	return all
@@ -373,30 +364,30 @@ func (p *policy) risks(r *rule) (all []finding) {
 		}
 		return is
 	}
-	first, name := r.words[0], r.words[0].command
+	text, name := r.spec.Argv == nil, r.words[0].command
 	backwards := slices.ContainsFunc(r.words, func(w pattern) bool { return misordered.MatchString(w.body) })
 	if add(backwards, "never-matches", "matches nothing: ^ stands first, $ last") || !r.by.Allowed {
-		add(!r.by.Allowed && strings.Contains(name, "/"), "deny-path", "stops only this path: write the name alone, which is tried for every directory")
+		add(!r.by.Allowed && strings.Contains(name, "/"), "deny-path", "stops only this path: write the name alone, which stops them all")
 		return all
 	}
 	_, by := p.decide(r.exact)
 	same := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
 	everything := r.matches([]string{"zq0"}, "zq0") && r.matches([]string{"Q_7", "-w", "~"}, "Q_7 -w ~") // names nobody allows on purpose
-	if add(by.List == listDeny || slices.ContainsFunc(p.list[listDeny], same), "never-matches", "a deny rule stops all that it allows: remove one of them") ||
-		add(r.exact != nil && !by.Allowed, "never-matches", "matches nothing: a name with white space needs an argv rule") ||
+	if add(by.List == listDeny || slices.ContainsFunc(p.list[listDeny], same), "never-matches", "is stopped by a deny rule: remove one of them") ||
+		add(r.exact != nil && !by.Allowed || text && strings.ContainsFunc(name, spaceOrControl), "never-matches", "no string rule matches a name with white space") ||
 		add(everything, "allow-all", "allows every command: name the commands that are needed") {
 		return all // there is no more to say of it
 	}
-	text, guarded := r.spec.Argv == nil, strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
-	loose := r.rest || slices.ContainsFunc(r.words, func(w pattern) bool {
-		return w.kind == "glob" || text && openEnded.MatchString(w.body) || w.kind != "exact" && (w.matches("-x") || w.matches("--x"))
+	guarded := strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
+	loose := len(r.spec.Argv) > len(r.words) || slices.ContainsFunc(r.words, func(w pattern) bool {
+		return w.kind == "glob" || text && openEnded.MatchString(w.body) || !text && w.kind != "exact" && (w.matches("-x") || w.matches("--x"))
 	})
 	tool := " " + strings.TrimRight(path.Base(name), "0123456789.-") + " "
 	harmless := len(r.exact) == 2 && strings.Contains(" --version -v -V version --help -h help ", " "+r.exact[1]+" ")
 	add(name == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards")
-	add(text && first.kind == "regexp" && !first.bounded, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/")
+	add(text && r.words[0].kind == "regexp" && !r.words[0].bounded, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/")
 	add(!harmless && strings.Contains(runsPrograms, tool), "runs-programs", "can run other programs, perhaps all: allow the program that is needed")
-	add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys the files of its working directory: whoever writes there decides what runs")
+	add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys files in the working directory: whoever writes there decides what runs")
 	add(loose && !guarded, "admits-options", `lets any option through, also one that writes or runs a file: name the arguments, or put "--" before them`)
 	add(text && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule")
 	add(strings.Contains(name, "/") && !path.IsAbs(name), "relative-name", "depends on the working directory: write the absolute path, or the name alone")
