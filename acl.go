@@ -159,9 +159,9 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 	between := strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
 	caret, meta := strings.HasPrefix(text, "/^"), strings.ContainsAny(text, regexpMeta)
 	sure := meta || strings.Contains(text, " ") || strings.Trim(path.Base(text), "gi") == "" // a regexp and not "/bin/su", which looks flagged too
-	lame := caret || strings.HasPrefix(text, "^") || sure && flagged.MatchString(text)
+	open, stray := caret || sure && flagged.MatchString(text), strings.HasPrefix(text, "^")
 	if element {
-		between, lame = caret && strings.HasSuffix(text, "$/"), caret || meta && slashed.MatchString(text)
+		between, open, stray = caret && strings.HasSuffix(text, "$/"), false, caret || meta && slashed.MatchString(text)
 	}
 	wild := element && !between && strings.ContainsAny(text, "*?[")
 	_, malformed := path.Match(text, "")
@@ -172,7 +172,8 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 		{!element && strings.TrimSpace(text) == "", "an empty rule names no command: remove it"},
 		{text == moreArgs, `"..." stands only at the end of an argv rule: write ["command", "..."], or "/^\.\.\.$/" for three literal dots`},
 		{!element && strings.HasPrefix(text, `["`), `an argv rule is an array, not a string: write ["git", "log"] without quotes around it`},
-		{!between && lame, `a regexp stands between slashes: "/(?i)^sudo/", in an argv rule "/^[0-9]+$/"; no flags follow its closing slash`},
+		{!between && stray, `a regexp stands between slashes: "/(?i)^sudo/", in an argv rule between "/^" and "$/": "/^[0-9]+$/"`},
+		{!between && open, `a regexp ends with its closing slash and has no flags behind it: write "/(?i)^sudo/"; a path is written in an argv rule`},
 		{!utf8.ValidString(text) || strings.ContainsFunc(text, unicode.IsControl), `a rule is UTF-8 without control characters: write "\n" in a regexp`},
 		{wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character itself`},
 		{between && (len(text) < 3 || element && text == "/^$/"), `a regexp needs something between its slashes; an empty argument is ""`},
@@ -374,7 +375,7 @@ func (p *policy) risks(r *rule) (all []finding) {
 	same := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
 	everything := r.matches([]string{"zq0"}, "zq0") && r.matches([]string{"Q_7", "-w", "~"}, "Q_7 -w ~") // names nobody allows on purpose
 	if add(by.List == listDeny || slices.ContainsFunc(p.list[listDeny], same), "never-matches", "is stopped by a deny rule: remove one of them") ||
-		add(r.exact != nil && !by.Allowed || text && strings.ContainsFunc(name, spaceOrControl), "never-matches", "no string rule matches a name with white space") ||
+		add(r.exact != nil && !by.Allowed || text && strings.ContainsFunc(name, spaceOrControl), "never-matches", "a name with white space needs an argv rule") ||
 		add(everything, "allow-all", "allows every command: name the commands that are needed") {
 		return all // there is no more to say of it
 	}
@@ -387,7 +388,7 @@ func (p *policy) risks(r *rule) (all []finding) {
 	add(name == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards")
 	add(text && r.words[0].kind == "regexp" && !r.words[0].bounded, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/")
 	add(!harmless && strings.Contains(runsPrograms, tool), "runs-programs", "can run other programs, perhaps all: allow the program that is needed")
-	add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys files in the working directory: whoever writes there decides what runs")
+	add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys files in its working directory: who writes there decides what runs")
 	add(loose && !guarded, "admits-options", `lets any option through, also one that writes or runs a file: name the arguments, or put "--" before them`)
 	add(text && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule")
 	add(strings.Contains(name, "/") && !path.IsAbs(name), "relative-name", "depends on the working directory: write the absolute path, or the name alone")
