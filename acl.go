@@ -372,10 +372,11 @@ func (p *policy) risks(r *rule) (all []finding) {
 		return all
 	}
 	_, by := p.decide(r.exact)
-	same := func(deny *rule) bool { return deny.by.Rule == r.by.Rule || deny.by.Rule == "*" }
+	stopped := by.List == listDeny || slices.ContainsFunc(p.list[listDeny], func(d *rule) bool { return d.by.Rule == r.by.Rule || d.by.Rule == "*" })
+	nameless := r.exact != nil && !by.Allowed || text && strings.ContainsFunc(name, spaceOrControl)
 	everything := r.matches([]string{"zq0"}, "zq0") && r.matches([]string{"Q_7", "-w", "~"}, "Q_7 -w ~") // names nobody allows on purpose
-	if add(by.List == listDeny || slices.ContainsFunc(p.list[listDeny], same), "never-matches", "is stopped by a deny rule: remove one of them") ||
-		add(r.exact != nil && !by.Allowed || text && strings.ContainsFunc(name, spaceOrControl), "never-matches", "a name with white space needs an argv rule") ||
+	if add(stopped, "never-matches", "is stopped by a deny rule: remove one of them") ||
+		add(nameless, "never-matches", "a name with white space needs an argv rule") ||
 		add(everything, "allow-all", "allows every command: name the commands that are needed") {
 		return all // there is no more to say of it
 	}
