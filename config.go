@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"crypto/rand"
 	"crypto/sha256"
@@ -14,7 +13,6 @@ import (
 	"io"
 	"io/fs"
 	"maps"
-	"net/netip"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -35,11 +33,9 @@ const (
 	redactedKey    = "[API_KEY]"
 	settleTime     = 100 * time.Millisecond // longer than a tick of a file system's clock: a younger file may change again unseen
 	retryTime      = time.Second            // unusable settings are tried again this often though the file has not changed
-	dayMs          = 24 * 60 * 60 * 1000
 )
 
-// defaultEnv and defaultSettings are what setup writes. The settings are also the defaults, but that without exec.allow
-// nothing is allowed, and the schema: what they do not have is unknown.
+// defaultEnv is what setup writes, with a key.
 const defaultEnv = `# Start-up values of aexec. A change takes effect with: aexec restart
 API_KEY=[API_KEY]
 HOST=127.0.0.1
@@ -47,32 +43,6 @@ PORT=3333
 AGENT_EXEC_ENABLED=true
 AGENT_EXEC_ALLOW_QUERY_API_KEY=false
 `
-
-const defaultSettings = `{
-  "_comment": "What commands may run, and within which limits. The next request follows a change; aexec config shows what needs a restart.",
-  "exec": {
-    "allow": ["aexec --version"],
-    "deny": [],
-    "tests": { "allowed": [], "refused": [] },
-    "cwd": "", "user": "",
-    "env": { "keep": [], "set": {} },
-    "limits": { "cpuSeconds": 0, "memoryBytes": 0, "fileBytes": 0, "openFiles": 0, "processes": 0 },
-    "noNewPrivileges": true
-  },
-  "ip": { "allow": "*", "deny": [] },
-  "timeoutMs": 120000, "killGraceMs": 1000,
-  "maxOutputBytes": 1048576, "maxStreamBytes": 1048576, "maxConcurrentExec": 4,
-  "maxRequestBodyBytes": 1048576, "rateLimit": { "windowMs": 60000, "max": 0 },
-  "audit": { "enabled": true, "file": "" },
-  "plugins": { "mode": "auto", "enabled": [], "disabled": [] }
-}
-`
-
-// restartOnly are the settings that do not reload, startupNames all that .env may set.
-var (
-	restartOnly  = []string{"maxRequestBodyBytes", "rateLimit.windowMs", "rateLimit.max", "plugins.mode", "plugins.enabled"}
-	startupNames = []string{"API_KEY", "HOST", "PORT", "AGENT_EXEC_ENABLED", "AGENT_EXEC_ALLOW_QUERY_API_KEY"}
-)
 
 // apiKey is the shared secret. It prints as [API_KEY] whatever the verb. The pointer is for where fmt may not call methods
 // (an unexported field): there a wrong verb would show a plain struct.
@@ -109,14 +79,12 @@ type paths struct{ dir, env, settings, plugins, audit, log, pid string }
 
 // configPaths finds the directory ($AGENT_EXEC_CONFIG_DIR, else ~/.to-agent/agent-exec), absolute and without links; it need not exist.
 func configPaths() (paths, error) {
+	home, err := os.UserHomeDir()
 	dir := os.Getenv("AGENT_EXEC_CONFIG_DIR")
-	if home, err := os.UserHomeDir(); dir == "" && err != nil {
+	if dir == "" && err != nil {
 		return paths{}, errors.New("there is no HOME to find the configuration in: set HOME or AGENT_EXEC_CONFIG_DIR")
-	} else if dir == "" {
-		dir = filepath.Join(home, ".to-agent", "agent-exec")
 	}
-	dir, err := filepath.Abs(dir)
-	if err != nil {
+	if dir, err = filepath.Abs(cmp.Or(dir, filepath.Join(home, ".to-agent", "agent-exec"))); err != nil {
 		return paths{}, err
 	}
 	if real, err := filepath.EvalSymlinks(dir); err == nil {
@@ -138,12 +106,12 @@ type startup struct {
 	enabled, allowQueryKey bool
 }
 
-// startupFlags are the command line's own; zero values mean not given.
+// startupFlags are the command line's own; zero values mean not given. The key was handed over on a descriptor by the process
+// that had it in its environment.
 type startupFlags struct {
-	key     string // handed over on a descriptor by the process that had it in its environment
-	host    string
-	port    int
-	portSet bool
+	key, host string
+	port      int
+	portSet   bool
 }
 
 // environWithoutKey is this process's environment, for another aexec.
@@ -163,11 +131,10 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 		return startup{}, err
 	}
 	value := func(name, flag string) string { return cmp.Or(flag, os.Getenv(name), file[name]) }
-	flagPort := ""
+	portText, keyText := cmp.Or(value("PORT", ""), "3333"), value("API_KEY", f.key)
 	if f.portSet {
-		flagPort = strconv.Itoa(f.port)
+		portText = strconv.Itoa(f.port)
 	}
-	portText, keyText := cmp.Or(value("PORT", flagPort), "3333"), value("API_KEY", f.key)
 	if keyText == "" {
 		return startup{}, fmt.Errorf("there is no API_KEY in the environment or in %s: run aexec setup", p.env)
 	}
@@ -181,6 +148,9 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 		enabled: value("AGENT_EXEC_ENABLED", "") == "true", allowQueryKey: value("AGENT_EXEC_ALLOW_QUERY_API_KEY", "") == "true",
 	}, err
 }
+
+// startupNames are all that .env may set.
+var startupNames = []string{"API_KEY", "HOST", "PORT", "AGENT_EXEC_ENABLED", "AGENT_EXEC_ALLOW_QUERY_API_KEY"}
 
 // A line of .env: perhaps export, a name, and a value in quotes or up to white space before a #.
 var (
@@ -242,11 +212,12 @@ func createConfig(p paths) (made, kept []string, err error) {
 	env := strings.Replace(defaultEnv, redactedKey, newKeyText(), 1)
 	for _, step := range []struct{ path, text string }{{p.dir, ""}, {p.plugins, ""}, {p.settings, defaultSettings}, {p.env, env}} {
 		list := &made
-		if _, err := os.Lstat(step.path); err == nil {
+		switch _, missing := os.Lstat(step.path); {
+		case missing == nil:
 			list = &kept
-		} else if step.text == "" {
+		case step.text == "":
 			err = os.MkdirAll(step.path, 0o700)
-		} else {
+		default:
 			err = rewriteFile(step.path, []byte(step.text), 0o600)
 		}
 		if err = cmp.Or(err, checkTrustedDir(p.dir)); err != nil {
@@ -255,11 +226,6 @@ func createConfig(p paths) (made, kept []string, err error) {
 		*list = append(*list, step.path)
 	}
 	return made, kept, nil
-}
-
-// secretVariable names what no command ever gets.
-func secretVariable(name string) bool {
-	return name == "API_KEY" || strings.HasPrefix(name, "AGENT_EXEC_")
 }
 
 // buildEnvironment makes the environment of commands, and the directories of the server's PATH. Relative directories are dropped.
@@ -283,10 +249,9 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 		vars["HOME"], vars["USER"], vars["LOGNAME"], vars["SHELL"] = cred.Home, cred.Name, cred.Name, cred.Shell
 	}
 	maps.Copy(vars, s.Exec.EnvSet)
-	for name, value := range vars {
-		env = append(env, name+"="+value)
+	for _, name := range slices.Sorted(maps.Keys(vars)) {
+		env = append(env, name+"="+vars[name])
 	}
-	slices.Sort(env)
 	return env, pathDirs
 }
 
@@ -462,33 +427,6 @@ func configFiles(p paths) (files []fileInfo) {
 
 // ---- settings.json
 
-// rlimits are exec.limits; 0 means no limit.
-type rlimits struct {
-	CPUSeconds, MemoryBytes, FileBytes, OpenFiles, Processes uint64
-}
-
-// settings is settings.json, checked, with the defaults filled in.
-type settings struct {
-	Exec struct {
-		Allow, Deny, TestsAllowed, TestsRefused []ruleSpec
-		Cwd, User                               string
-		EnvKeep                                 []string
-		EnvSet                                  map[string]string
-		Limits                                  rlimits
-		NoNewPrivileges                         bool
-	}
-	IPAllow, IPDeny                                     []netip.Prefix // "*" is 0.0.0.0/0 and ::/0
-	Timeout, KillGrace, RateWindow                      time.Duration
-	MaxOutputBytes, MaxStreamBytes, MaxRequestBodyBytes int64
-	MaxConcurrentExec, RateMax                          int // RateMax 0: no limit
-	AuditEnabled                                        bool
-	AuditFile                                           string // absolute: audit.jsonl in the directory, unless the file says otherwise
-	PluginsMode                                         string // "auto" or "explicit"
-	PluginsEnabled, PluginsDisabled                     []string
-
-	source *settingsReader
-}
-
 // loadSettings reads settings.json alone; the policy, the user and the working directory are not tried.
 func loadSettings(p paths) (*settings, error) {
 	data, err := readTrusted(p.settings, false)
@@ -496,48 +434,6 @@ func loadSettings(p paths) (*settings, error) {
 		return nil, err
 	}
 	return parseSettings(p, data)
-}
-
-// parseSettings reads every value; the numbers beside a key are its range, chosen so that nothing overflows.
-func parseSettings(p paths, data []byte) (*settings, error) {
-	r, err := readSettingNodes(p.settings, defaultSettings, data)
-	if err != nil {
-		return nil, err
-	}
-	if !r.inFile["exec.allow"] {
-		r.nodes["exec.allow"] = &node{kind: '[', raw: "[]"}
-	}
-	ms := func(key string) time.Duration { return time.Duration(r.number(key, 1, dayMs)) * time.Millisecond }
-	s := &settings{
-		IPAllow: r.prefixes("ip.allow"), IPDeny: r.prefixes("ip.deny"),
-		Timeout: ms("timeoutMs"), KillGrace: ms("killGraceMs"), RateWindow: ms("rateLimit.windowMs"), RateMax: int(r.number("rateLimit.max", 0, 1<<30)),
-		MaxOutputBytes: r.number("maxOutputBytes", 1, 1<<30), MaxStreamBytes: r.number("maxStreamBytes", 1, 1<<50),
-		MaxRequestBodyBytes: r.number("maxRequestBodyBytes", 1, 1<<26), MaxConcurrentExec: int(r.number("maxConcurrentExec", 1, 1<<12)),
-		AuditEnabled: r.nodes["audit.enabled"].kind == 't', AuditFile: cmp.Or(r.string("audit.file", absolutePath), p.audit),
-		PluginsMode: r.string("plugins.mode", pluginMode), PluginsEnabled: r.strings("plugins.enabled", r.nodes["plugins.enabled"], pluginNameForm),
-		PluginsDisabled: r.strings("plugins.disabled", r.nodes["plugins.disabled"], pluginNameForm), source: r,
-	}
-	e := &s.Exec
-	e.Allow, e.Deny, e.TestsAllowed, e.TestsRefused = r.rules("exec.allow"), r.rules("exec.deny"), r.rules("exec.tests.allowed"), r.rules("exec.tests.refused")
-	e.Cwd, e.User, e.NoNewPrivileges = r.string("exec.cwd", absolutePath), r.string("exec.user", anyText), r.nodes["exec.noNewPrivileges"].kind == 't'
-	e.EnvKeep, e.EnvSet = r.strings("exec.env.keep", r.nodes["exec.env.keep"], variablePattern), r.variables("exec.env.set")
-	limit := func(name string, most int64) uint64 { return uint64(r.number("exec.limits."+name, 0, most)) }
-	e.Limits = rlimits{limit("cpuSeconds", 1<<31), limit("memoryBytes", 1<<50), limit("fileBytes", 1<<50), limit("openFiles", 1<<30), limit("processes", 1<<30)}
-	return s, r.err
-}
-
-// settingInfo is one row of `aexec config`.
-type settingInfo struct {
-	Key     string `json:"key"`
-	Value   any    `json:"value"`
-	Reloads bool   `json:"reloads"` // without restart
-}
-
-func (s *settings) table() (rows []settingInfo) {
-	for _, key := range slices.Sorted(maps.Keys(s.source.nodes)) {
-		rows = append(rows, settingInfo{key, s.source.nodes[key].plain(), !slices.Contains(restartOnly, key)})
-	}
-	return rows
 }
 
 // restartValues reads from disk everything of .env and settings.json that only a restart brings into force, as printable
@@ -587,47 +483,10 @@ func newSnapshot(p paths, data []byte, plugins []ruleSet) (*snapshot, error) {
 		}
 	}
 	s.env, s.pathDirs = buildEnvironment(set, s.cred)
-	off := func(plugin ruleSet) bool { return s.disabled(strings.TrimPrefix(plugin.Source, "plugin:")) }
-	own := ruleSet{Source: "settings.json", Allow: set.Exec.Allow, Deny: set.Exec.Deny}
-	s.policy, err = compilePolicy(append([]ruleSet{own}, slices.DeleteFunc(slices.Clone(plugins), off)...))
-	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == "settings.json" {
-		key := "exec." + bad.List
-		return nil, r.fail(r.nodes[key].items[bad.Index].start, key, "rule %q: %v", bad.Rule, bad.Err)
-	} else if err != nil {
+	if s.policy, err = compileSettings(set, plugins); err != nil {
 		return nil, err
 	}
-	s.tryTests("exec.tests.allowed", set.Exec.TestsAllowed, true)
-	if s.tryTests("exec.tests.refused", set.Exec.TestsRefused, false); r.err != nil {
-		return nil, r.err
-	}
 	return s, nil
-}
-
-// tryTests holds the policy to commands of exec.tests, where a string is split on single spaces.
-func (s *snapshot) tryTests(key string, commands []ruleSpec, allowed bool) {
-	for i, c := range commands {
-		if c.Argv == nil {
-			c.Argv = strings.Split(c.Text, " ")
-		}
-		why := "no rule allows it"
-		_, d := s.policy.decide(c.Argv)
-		if d.Rule != "" {
-			why = fmt.Sprintf("the %s rule %q of %s decides it", d.List, d.Rule, d.Source)
-		}
-		if d.Allowed != allowed {
-			s.source.fail(s.source.nodes[key].items[i].start, key, "%q is decided otherwise: %s", c.Argv, why)
-		}
-	}
-}
-
-// disabled says whether a plugin is off in this snapshot.
-func (s *snapshot) disabled(plugin string) bool { return slices.Contains(s.PluginsDisabled, plugin) }
-
-// ipAllowed decides a peer's address: unmapped, zone dropped, deny first, an empty allow admits none.
-func (s *snapshot) ipAllowed(peer netip.Addr) bool {
-	peer = peer.Unmap().WithZone("")
-	within := func(p netip.Prefix) bool { return p.Contains(peer) }
-	return !slices.ContainsFunc(s.IPDeny, within) && slices.ContainsFunc(s.IPAllow, within)
 }
 
 // reload says what a look at settings.json brought.
@@ -727,7 +586,7 @@ func editSettings(p paths, noChange error, edit func([]byte) ([]byte, error), lo
 		return err
 	}
 	edited, err := edit(data)
-	if err == nil && bytes.Equal(edited, data) {
+	if err == nil && slices.Equal(edited, data) {
 		err = noChange
 	}
 	if err == nil {

@@ -1,4 +1,4 @@
-// This file is the strict JSON reader, for bodies and files both, the typed values of settings, and edits that leave the rest as it was written.
+// This file is the strict JSON reader, for bodies and files both, the typed values of settings, and edits that leave the rest of a text as it was.
 // It may look at bytes and make others of them.
 // It must not do I/O, keep state, or accept what encoding/json would not: it only ever refuses more.
 package main
@@ -9,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"net/netip"
 	"reflect"
 	"regexp"
@@ -16,16 +17,20 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 	"unicode/utf8"
 )
 
 const (
-	maxJSONDepth  = 64      // arrays and objects within each other; ours need five
+	maxJSONDepth  = 64 // arrays and objects within each other; ours need five
+	dayMs         = 24 * 60 * 60 * 1000
 	maxJSONValues = 1 << 19 // as many as 1 MiB can hold; each takes about 150 bytes of memory
 )
 
 // nodeKinds names the kinds of a node for people.
-var nodeKinds = map[byte]string{'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false", 'f': "true or false", 'n': "null"}
+var nodeKinds = map[byte]string{
+	'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false", 'f': "true or false", 'n': "null",
+}
 
 // node is one JSON value of the strict reader, with its place in the text.
 type node struct {
@@ -183,9 +188,7 @@ func editList(data []byte, key string, value any, remove bool) ([]byte, error) {
 	var b bytes.Buffer
 	encoder := json.NewEncoder(&b)
 	encoder.SetEscapeHTML(false)
-	if err := encoder.Encode(value); err != nil {
-		return nil, err
-	}
+	encoder.Encode(value) // a string or a rule, which always marshal
 	text := strings.TrimSpace(b.String())
 	want := (&node{raw: text}).plain()
 	section, name, _ := strings.Cut(key, ".")
@@ -239,7 +242,146 @@ func cutItem(data []byte, n *node, i int) []byte {
 	return slices.Concat(data[:from], data[to:])
 }
 
-// ---- settings: typed values with their places
+// ---- settings
+
+// defaultSettings is what setup writes, the defaults (but that without exec.allow nothing is allowed), and the schema: what it
+// does not have is unknown.
+const defaultSettings = `{
+  "_comment": "What commands may run, and within which limits. The next request follows a change; aexec config shows what needs a restart.",
+  "exec": {
+    "allow": ["aexec --version"],
+    "deny": [],
+    "tests": { "allowed": [], "refused": [] },
+    "cwd": "", "user": "",
+    "env": { "keep": [], "set": {} },
+    "limits": { "cpuSeconds": 0, "memoryBytes": 0, "fileBytes": 0, "openFiles": 0, "processes": 0 },
+    "noNewPrivileges": true
+  },
+  "ip": { "allow": "*", "deny": [] },
+  "timeoutMs": 120000, "killGraceMs": 1000,
+  "maxOutputBytes": 1048576, "maxStreamBytes": 1048576, "maxConcurrentExec": 4,
+  "maxRequestBodyBytes": 1048576, "rateLimit": { "windowMs": 60000, "max": 0 },
+  "audit": { "enabled": true, "file": "" },
+  "plugins": { "mode": "auto", "enabled": [], "disabled": [] }
+}
+`
+
+// restartOnly are the settings that do not reload.
+var restartOnly = []string{"maxRequestBodyBytes", "rateLimit.windowMs", "rateLimit.max", "plugins.mode", "plugins.enabled"}
+
+// rlimits are exec.limits; 0 means no limit.
+type rlimits struct {
+	CPUSeconds, MemoryBytes, FileBytes, OpenFiles, Processes uint64
+}
+
+// settings is settings.json, checked, with the defaults filled in.
+type settings struct {
+	Exec struct {
+		Allow, Deny, TestsAllowed, TestsRefused []ruleSpec
+		Cwd, User                               string
+		EnvKeep                                 []string
+		EnvSet                                  map[string]string
+		Limits                                  rlimits
+		NoNewPrivileges                         bool
+	}
+	IPAllow, IPDeny                                     []netip.Prefix // "*" is 0.0.0.0/0 and ::/0
+	Timeout, KillGrace, RateWindow                      time.Duration
+	MaxOutputBytes, MaxStreamBytes, MaxRequestBodyBytes int64
+	MaxConcurrentExec, RateMax                          int // RateMax 0: no limit
+	AuditEnabled                                        bool
+	AuditFile                                           string // absolute: audit.jsonl in the directory, unless the file says otherwise
+	PluginsMode                                         string // "auto" or "explicit"
+	PluginsEnabled, PluginsDisabled                     []string
+
+	source *settingsReader
+}
+
+// parseSettings reads every value; the numbers beside a key are its range, chosen so that nothing overflows.
+func parseSettings(p paths, data []byte) (*settings, error) {
+	r, err := readSettingNodes(p.settings, defaultSettings, data)
+	if err != nil {
+		return nil, err
+	}
+	if !r.inFile["exec.allow"] {
+		r.nodes["exec.allow"] = &node{kind: '[', raw: "[]"}
+	}
+	ms := func(key string) time.Duration { return time.Duration(r.number(key, 1, dayMs)) * time.Millisecond }
+	s := &settings{
+		IPAllow: r.prefixes("ip.allow"), IPDeny: r.prefixes("ip.deny"),
+		Timeout: ms("timeoutMs"), KillGrace: ms("killGraceMs"), RateWindow: ms("rateLimit.windowMs"), RateMax: int(r.number("rateLimit.max", 0, 1<<30)),
+		MaxOutputBytes: r.number("maxOutputBytes", 1, 1<<30), MaxStreamBytes: r.number("maxStreamBytes", 1, 1<<50),
+		MaxRequestBodyBytes: r.number("maxRequestBodyBytes", 1, 1<<26), MaxConcurrentExec: int(r.number("maxConcurrentExec", 1, 1<<12)),
+		AuditEnabled: r.nodes["audit.enabled"].kind == 't', AuditFile: cmp.Or(r.string("audit.file", absolutePath), p.audit),
+		PluginsMode: r.string("plugins.mode", pluginMode), PluginsEnabled: r.strings("plugins.enabled", r.nodes["plugins.enabled"], pluginNameForm),
+		PluginsDisabled: r.strings("plugins.disabled", r.nodes["plugins.disabled"], pluginNameForm), source: r,
+	}
+	e := &s.Exec
+	e.Allow, e.Deny = r.rules("exec.allow"), r.rules("exec.deny")
+	e.TestsAllowed, e.TestsRefused = r.rules("exec.tests.allowed"), r.rules("exec.tests.refused")
+	e.Cwd, e.User, e.NoNewPrivileges = r.string("exec.cwd", absolutePath), r.string("exec.user", anyText), r.nodes["exec.noNewPrivileges"].kind == 't'
+	e.EnvKeep, e.EnvSet = r.strings("exec.env.keep", r.nodes["exec.env.keep"], variablePattern), r.variables("exec.env.set")
+	limit := func(name string, most int64) uint64 { return uint64(r.number("exec.limits."+name, 0, most)) }
+	e.Limits = rlimits{limit("cpuSeconds", 1<<31), limit("memoryBytes", 1<<50), limit("fileBytes", 1<<50),
+		limit("openFiles", 1<<30), limit("processes", 1<<30)}
+	return s, r.err
+}
+
+// compileSettings compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests.
+func compileSettings(set *settings, plugins []ruleSet) (*policy, error) {
+	r, off := set.source, func(plugin ruleSet) bool { return set.disabled(strings.TrimPrefix(plugin.Source, "plugin:")) }
+	own := ruleSet{Source: "settings.json", Allow: set.Exec.Allow, Deny: set.Exec.Deny}
+	compiled, err := compilePolicy(append([]ruleSet{own}, slices.DeleteFunc(slices.Clone(plugins), off)...))
+	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == own.Source {
+		key := "exec." + bad.List
+		return nil, r.fail(r.nodes[key].items[bad.Index].start, key, "rule %q: %v", bad.Rule, bad.Err)
+	} else if err != nil {
+		return nil, err
+	}
+	r.tryTests(compiled, "exec.tests.allowed", set.Exec.TestsAllowed, true)
+	r.tryTests(compiled, "exec.tests.refused", set.Exec.TestsRefused, false)
+	return compiled, r.err
+}
+
+// tryTests holds the policy to commands of exec.tests, where a string is split on single spaces.
+func (r *settingsReader) tryTests(p *policy, key string, commands []ruleSpec, allowed bool) {
+	for i, c := range commands {
+		if c.Argv == nil {
+			c.Argv = strings.Split(c.Text, " ")
+		}
+		why := "no rule allows it"
+		_, d := p.decide(c.Argv)
+		if d.Rule != "" {
+			why = fmt.Sprintf("the %s rule %q of %s decides it", d.List, d.Rule, d.Source)
+		}
+		if d.Allowed != allowed {
+			r.fail(r.nodes[key].items[i].start, key, "%q is decided otherwise: %s", c.Argv, why)
+		}
+	}
+}
+
+// disabled says whether a plugin is off.
+func (s *settings) disabled(plugin string) bool { return slices.Contains(s.PluginsDisabled, plugin) }
+
+// ipAllowed decides a peer's address: unmapped, zone dropped, deny first, an empty allow admits none.
+func (s *settings) ipAllowed(peer netip.Addr) bool {
+	peer = peer.Unmap().WithZone("")
+	within := func(p netip.Prefix) bool { return p.Contains(peer) }
+	return !slices.ContainsFunc(s.IPDeny, within) && slices.ContainsFunc(s.IPAllow, within)
+}
+
+// settingInfo is one row of `aexec config`.
+type settingInfo struct {
+	Key     string `json:"key"`
+	Value   any    `json:"value"`
+	Reloads bool   `json:"reloads"` // without restart
+}
+
+func (s *settings) table() (rows []settingInfo) {
+	for _, key := range slices.Sorted(maps.Keys(s.source.nodes)) {
+		rows = append(rows, settingInfo{key, s.source.nodes[key].plain(), !slices.Contains(restartOnly, key)})
+	}
+	return rows
+}
 
 // settingsReader turns the nodes of a settings file into settings. The first error stays.
 type settingsReader struct {
@@ -250,17 +392,16 @@ type settingsReader struct {
 }
 
 func (r *settingsReader) fail(at int, key, format string, args ...any) error {
-	r.err = cmp.Or(r.err, jsonErrorIn(r.file, newJSONError(r.data, at, "%s: %s", key, fmt.Sprintf(format, args...))))
+	if r.err == nil {
+		r.err = jsonErrorIn(r.file, newJSONError(r.data, at, "%s: %s", key, fmt.Sprintf(format, args...)))
+	}
 	return r.err
 }
 
 // readSettingNodes reads a settings file, a plugin's too, that may have what the defaults have.
 func readSettingNodes(file, defaults string, data []byte) (*settingsReader, error) {
 	r := &settingsReader{file: file, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
-	known, err := parseStrict([]byte(defaults))
-	if err != nil {
-		return nil, err
-	}
+	known, _ := parseStrict([]byte(defaults)) // a constant of ours
 	r.walk("", known, known)
 	clear(r.inFile)
 	root, err := parseStrict(data)
@@ -309,6 +450,11 @@ var (
 	variableName    = variableForm(`^[^*=\x00]+$`, "the name of a variable")
 	variablePattern = variableForm(`^[^*=\x00]*[^=\x00]$`, "the name of a variable (a * may end it)")
 )
+
+// secretVariable names what no command ever gets.
+func secretVariable(name string) bool {
+	return name == "API_KEY" || strings.HasPrefix(name, "AGENT_EXEC_")
+}
 
 func variableForm(pattern, want string) form {
 	re := regexp.MustCompile(pattern)
