@@ -261,6 +261,11 @@ func TestCreateConfig(t *testing.T) {
 	if err != nil || !slices.Equal(made, []string{p.settings}) || !slices.Equal(kept, []string{p.dir, p.plugins, p.env}) || configRead(t, p.env) != env {
 		t.Errorf("again: made %q, kept %q, %v", made, kept, err)
 	}
+	lost := p
+	lost.settings = filepath.Join(p.dir, "none", "settings.json")
+	if made, _, err := createConfig(lost); err == nil || len(made) != 0 {
+		t.Errorf("said to be made, and it is not: %q, %v", made, err)
+	}
 	if other := configDir(t); configRead(t, other.env) == env {
 		t.Error("two keys are the same")
 	}
