@@ -30,53 +30,39 @@ func main() {
 	os.Exit(cli(os.Args[1:]))
 }
 
-// serveOptions are what `start -f` was given.
-type serveOptions struct {
-	startupFlags
-	log *log.Logger
+// serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
+func serve(f startupFlags, logger *log.Logger) error {
+	ready, key, err := takeHandover()
+	if f.key = key; err == nil {
+		err = serveUntilSignal(f, ready, logger)
+	}
+	if err != nil { // not in a panic, which says nothing and is the log's
+		serverInfo{Error: err.Error()}.writeTo(ready)
+	}
+	return err
 }
 
-// serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
-func serve(o serveOptions) (err error) {
-	hand, err := takeHandover()
-	defer func() {
-		if err != nil { // not in a panic, which says nothing and is the log's
-			hand.report(serverInfo{}, err)
-		}
-	}()
-	if err != nil {
-		return err
-	}
-	if err := hideProcess(); err != nil {
-		return err
-	}
+// serveUntilSignal hides, loads, holds the directory, listens, tells ready, and answers.
+func serveUntilSignal(f startupFlags, ready *os.File, logger *log.Logger) error {
 	p, err := configPaths()
-	if err != nil {
+	if err := errors.Join(err, hideProcess()); err != nil {
 		return err
 	}
-	o.key = hand.key
-	start, err := loadStartup(p, o.startupFlags)
+	start, err := loadStartup(p, f)
 	if err != nil {
 		return err
 	}
 	if start.keyInEnv {
-		return hand.shedKey(start.key)
+		return shedKey(start.key, ready)
 	}
-	ctx, stop := untilSignal(hand.ready != nil)
+	ctx, stop := untilSignal(ready != nil)
 	defer stop()
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	return serveUntil(ctx, p, start, &hand, o.log)
-}
-
-// serveUntil holds the directory, loads, listens, and answers until ctx ends.
-func serveUntil(ctx context.Context, p paths, start startup, hand *handover, logger *log.Logger) error {
 	lock, err := holdPidFile(p)
-	if errors.Is(err, errNoPidFile) {
-		logger.Printf("warning: %v", err)
-	} else if err != nil {
+	if err != nil {
 		return err
 	}
-	defer lock.release()
+	defer lock.Close()
 	s, err := assemble(p, start, logger)
 	if err != nil {
 		return err
@@ -91,34 +77,33 @@ func serveUntil(ctx context.Context, p paths, start startup, hand *handover, log
 	if s.runner, err = newRunner(p.dir); err != nil {
 		return err
 	}
-	leftovers := 0
-	if lock != nil { // else they may be the commands of a server that runs
-		leftovers = s.runner.endLeftovers()
-	}
 	onDisk, err := restartState(p)
-	if err != nil {
-		return err
-	}
 	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
-	if err := errors.Join(lock.publish(info), s.logStart(leftovers)); err != nil {
+	leftovers := 0
+	if lock == nil { // what looks left over may be the commands of a server that runs
+		logger.Printf("warning: there is no %s and it cannot be made: status and stop will not find this server", p.pid)
+	} else {
+		leftovers, err = s.runner.endLeftovers(), errors.Join(err, info.writeTo(lock))
+	}
+	if err := errors.Join(err, s.logStart(leftovers)); err != nil {
 		return err
 	}
-	hand.report(info, nil)
-	tick := time.NewTicker(watchTime)
-	defer tick.Stop()
-	go watchRestart(ctx, tick.C, p, onDisk, logger)
+	info.writeTo(ready) // if the starter is gone, nobody needs it
+	ready.Close()
+	go watchRestart(time.Tick(watchTime), p, onDisk, logger)
 	err = s.serve(ctx, l)
-	return errors.Join(err, s.logStop(cmp.Or(context.Cause(ctx), err)))
+	why := cmp.Or(context.Cause(ctx), err)
+	err = errors.Join(err, s.audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
+	logger.Printf("stopped (%v), audit head %s", why, s.audit.head())
+	return err
 }
 
 // untilSignal is a context that ends with SIGTERM or SIGINT, and in the foreground with the terminal. A background server
 // has no use for SIGHUP, nobody has for SIGPIPE: they are caught and dropped, for ignored ones would be so in every command.
 func untilSignal(background bool) (context.Context, context.CancelFunc) {
-	ends, dropped := []os.Signal{syscall.SIGTERM, syscall.SIGINT}, []os.Signal{syscall.SIGPIPE}
+	dropped, ends := []os.Signal{syscall.SIGPIPE}, []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
 	if background {
-		dropped = append(dropped, syscall.SIGHUP)
-	} else {
-		ends = append(ends, syscall.SIGHUP)
+		dropped, ends = append(dropped, syscall.SIGHUP), ends[:2]
 	}
 	signal.Notify(make(chan os.Signal, 1), dropped...)
 	return signal.NotifyContext(context.Background(), ends...)
@@ -130,25 +115,17 @@ func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	plugins, problems := loadPlugins(p, plain)
-	var rules []ruleSet
-	for _, pl := range plugins {
-		rules = append(rules, pl.Rules)
-	}
-	for _, problem := range problems {
-		if !problem.Warning {
-			err = errors.Join(err, fmt.Errorf("plugin %q: %s: %s", problem.Plugin, problem.File, problem.Message))
-		}
-	}
-	if err != nil {
+	found := state{}
+	found.plugins, found.problems = loadPlugins(p, plain)
+	if err := found.startErrors(); err != nil {
 		return nil, err
 	}
-	store, err := openStore(p, rules)
+	store, err := openStore(p, found.pluginRules())
 	if err != nil {
 		return nil, err
 	}
 	audit, err := openAudit(cmp.Or(plain.AuditFile, p.audit), plain.AuditEnabled, start.key)
-	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger, auditFile: p.audit}, err
+	return &server{start: start, store: store, audit: audit, plugins: found.plugins, log: logger, auditFile: p.audit}, err
 }
 
 // logStart records and logs the start.
@@ -171,13 +148,6 @@ func (s *server) logStart(leftovers int) error {
 			s.log.Print("warning: ", warning)
 		}
 	}
-	return err
-}
-
-// logStop records and logs the stop.
-func (s *server) logStop(why error) error {
-	err := s.audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)})
-	s.log.Printf("stopped (%v), audit head %s", why, s.audit.head())
 	return err
 }
 
@@ -207,13 +177,9 @@ func restartState(p paths) (map[string]string, error) {
 }
 
 // watchRestart logs, once, each value on disk that has come to differ from the one in force.
-func watchRestart(ctx context.Context, tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
-	for seen := maps.Clone(inForce); ; {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick:
-		}
+func watchRestart(tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
+	seen := inForce
+	for range tick {
 		onDisk, err := restartState(p)
 		if err != nil {
 			continue // an unusable settings.json is reported where it is read
@@ -227,15 +193,12 @@ func watchRestart(ctx context.Context, tick <-chan time.Time, p paths, inForce m
 	}
 }
 
-// changedNames lists, sorted, the names whose values differ, those that only one side has included.
-func changedNames(a, b map[string]string) (names []string) {
-	all := maps.Clone(a)
-	maps.Copy(all, b)
-	for name := range all {
-		if a[name] != b[name] {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
-	return names
+// changedNames lists, sorted, the names whose values differ, those that only one side has included; none for a server that
+// has not said yet what it started with.
+func changedNames(before, now map[string]string) []string {
+	all := map[string]string{}
+	maps.Copy(all, before)
+	maps.Copy(all, now)
+	maps.DeleteFunc(all, func(name, _ string) bool { return before == nil || before[name] == now[name] })
+	return slices.Sorted(maps.Keys(all))
 }
