@@ -73,7 +73,7 @@ func cliStart(t *terminal) error {
 // launch starts the server. before is the address of the one that it replaces, or "".
 func (t *terminal) launch(f startupFlags, args []string, before string) error {
 	if t.on("f") {
-		return serve(f, log.New(t.err, "", log.LstdFlags))
+		return serve(t.paths, f, log.New(t.err, "", log.LstdFlags))
 	}
 	info, err := startBackground(t.paths, args)
 	if err != nil {

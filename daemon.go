@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -42,10 +43,11 @@ func holdPidFile(p paths) (*os.File, error) {
 	f, err := os.OpenFile(p.pid, os.O_RDWR|os.O_CREATE|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0o600)
 	if _, missing := os.Lstat(p.pid); err != nil && missing != nil {
 		return nil, nil
-	} else if err != nil { // ELOOP is a link
-		return nil, fmt.Errorf("%w: remove it if it is none of yours", err)
 	}
-	mine, err := false, checkTrustedFile(f, true)
+	mine := false
+	if err == nil {
+		err = checkTrustedFile(f, true)
+	}
 	if err == nil {
 		mine, err = lockFile(f)
 	}
@@ -53,16 +55,11 @@ func holdPidFile(p paths) (*os.File, error) {
 		return f, f.Truncate(0) // what an earlier server wrote is not true of this one
 	}
 	f.Close()
-	if err != nil {
-		return nil, fmt.Errorf("lock %s: %w", p.pid, err)
-	}
-	info, running, err := findServer(p)
-	if err == nil && !running {
-		err = errors.New("another server of this directory has just ended: try again")
-	} else if err == nil { // with no address yet if it is just starting
+	info, running, findErr := findServer(p)                // which knows better words for what is no regular file
+	if err = cmp.Or(findErr, err); err == nil && running { // with no address yet if it is just starting
 		err = fmt.Errorf("already running%s (pid %d)", pick(info.Address == "", "", " on "+info.Address), info.Pid)
 	}
-	return nil, err
+	return nil, cmp.Or(err, errors.New("another server of this directory has just ended: try again"))
 }
 
 // findServer asks the kernel who holds the lock (nobody: not running), and takes the file's content only if it agrees with

@@ -10,7 +10,7 @@ import (
 	"fmt"
 	"log"
 	"maps"
-	"net/netip"
+	"net"
 	"os"
 	"os/signal"
 	"slices"
@@ -31,10 +31,11 @@ func main() {
 }
 
 // serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
-func serve(f startupFlags, logger *log.Logger) error {
+func serve(p paths, f startupFlags, logger *log.Logger) error {
 	ready, key, err := takeHandover()
-	if f.key = key; err == nil {
-		err = serveUntilSignal(f, ready, logger)
+	f.key = key
+	if err = errors.Join(err, hideProcess()); err == nil {
+		err = serveUntilSignal(p, f, ready, logger)
 	}
 	if err != nil { // not in a panic, which says nothing and is the log's
 		serverInfo{Error: err.Error()}.writeTo(ready)
@@ -42,12 +43,8 @@ func serve(f startupFlags, logger *log.Logger) error {
 	return err
 }
 
-// serveUntilSignal hides, loads, holds the directory, listens, tells ready, and answers.
-func serveUntilSignal(f startupFlags, ready *os.File, logger *log.Logger) error {
-	p, err := configPaths()
-	if err := errors.Join(err, hideProcess()); err != nil {
-		return err
-	}
+// serveUntilSignal loads, holds the directory, listens, says so to ready (nil in the foreground), and answers.
+func serveUntilSignal(p paths, f startupFlags, ready *os.File, logger *log.Logger) error {
 	start, err := loadStartup(p, f)
 	if err != nil {
 		return err
@@ -55,8 +52,13 @@ func serveUntilSignal(f startupFlags, ready *os.File, logger *log.Logger) error 
 	if start.keyInEnv {
 		return shedKey(start.key, ready)
 	}
-	ctx, stop := untilSignal(ready != nil)
-	defer stop()
+	// What nobody has a use for is caught and dropped: if it were ignored, it would be so in every command, too.
+	dropped, ends := []os.Signal{syscall.SIGPIPE, syscall.SIGHUP}, []os.Signal{syscall.SIGTERM, syscall.SIGINT}
+	if ready == nil {
+		dropped, ends = dropped[:1], append(ends, syscall.SIGHUP) // the terminal's end
+	}
+	signal.Notify(make(chan os.Signal, 1), dropped...)
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	lock, err := holdPidFile(p)
 	if err != nil {
@@ -67,25 +69,18 @@ func serveUntilSignal(f startupFlags, ready *os.File, logger *log.Logger) error 
 	if err != nil {
 		return err
 	}
-	defer s.audit.close()
+	defer s.audit.close() // before the pid file: who can lock that can lock both
 	l, err := listen(start.host, start.port)
 	if err != nil {
 		return err
 	}
-	defer l.Close()
-	s.address = l.Addr().String()
-	if s.runner, err = newRunner(p.dir); err != nil {
+	s.runner, err = newRunner(p.dir)
+	onDisk, diskErr := restartState(p)
+	if err := errors.Join(err, diskErr); err != nil {
 		return err
 	}
-	onDisk, err := restartState(p)
-	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
-	leftovers := 0
-	if lock == nil { // what looks left over may be the commands of a server that runs
-		logger.Printf("warning: there is no %s and it cannot be made: status and stop will not find this server", p.pid)
-	} else {
-		leftovers, err = s.runner.endLeftovers(), errors.Join(err, info.writeTo(lock))
-	}
-	if err := errors.Join(err, s.logStart(leftovers)); err != nil {
+	info := serverInfo{Pid: os.Getpid(), Address: l.Addr().String(), Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
+	if err := s.started(info, lock); err != nil {
 		return err
 	}
 	info.writeTo(ready) // if the starter is gone, nobody needs it
@@ -98,15 +93,25 @@ func serveUntilSignal(f startupFlags, ready *os.File, logger *log.Logger) error 
 	return err
 }
 
-// untilSignal is a context that ends with SIGTERM or SIGINT, and in the foreground with the terminal. A background server
-// has no use for SIGHUP, nobody has for SIGPIPE: they are caught and dropped, for ignored ones would be so in every command.
-func untilSignal(background bool) (context.Context, context.CancelFunc) {
-	dropped, ends := []os.Signal{syscall.SIGPIPE}, []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
-	if background {
-		dropped, ends = append(dropped, syscall.SIGHUP), ends[:2]
+// started records, publishes and logs the start.
+func (s *server) started(info serverInfo, lock *os.File) (err error) {
+	record := auditRecord{Event: "server_start"}
+	if lock == nil { // what looks left over may be the commands of a server that runs
+		s.log.Print("warning: there can be no pid file: status and stop will not find this server")
+	} else {
+		if n := s.runner.endLeftovers(); n > 0 {
+			record.Reason = fmt.Sprintf("ended %d processes that a crashed server left", n)
+		}
+		err = info.writeTo(lock)
 	}
-	signal.Notify(make(chan os.Signal, 1), dropped...)
-	return signal.NotifyContext(context.Background(), ends...)
+	err = errors.Join(err, s.audit.append(record))
+	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, s.audit.head())
+	if snap, _, err := s.store.current(); err == nil {
+		for _, warning := range startWarnings(info.Address, snap) {
+			s.log.Print("warning: ", warning)
+		}
+	}
+	return err
 }
 
 // assemble loads all that a server needs before it listens.
@@ -128,35 +133,12 @@ func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
 	return &server{start: start, store: store, audit: audit, plugins: found.plugins, log: logger, auditFile: p.audit}, err
 }
 
-// logStart records and logs the start.
-func (s *server) logStart(leftovers int) error {
-	record := auditRecord{Event: "server_start"}
-	if leftovers > 0 {
-		record.Reason = fmt.Sprintf("ended %d processes that a crashed server left", leftovers)
-		s.log.Print(record.Reason)
-	}
-	if err := s.audit.append(record); err != nil {
-		return err
-	}
-	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, s.address, os.Getpid(), s.audit.head())
-	if !s.start.enabled {
-		s.log.Print("AGENT_EXEC_ENABLED is not true: everything but /ping answers 503")
-	}
-	snap, _, err := s.store.current()
-	if err == nil {
-		for _, warning := range startWarnings(s.address, snap) {
-			s.log.Print("warning: ", warning)
-		}
-	}
-	return err
-}
-
 // startWarnings names what makes this server more dangerous than it need be; for the log and for status.
 func startWarnings(address string, snap *snapshot) (warnings []string) {
 	if os.Geteuid() == 0 && snap.cred == nil {
 		warnings = append(warnings, "it runs as root, and so does every command: set exec.user to an unprivileged user")
 	}
-	if a, err := netip.ParseAddrPort(address); err == nil && !a.Addr().Unmap().IsLoopback() {
+	if host, _, _ := net.SplitHostPort(address); !isLoopback(host) {
 		warnings = append(warnings, fmt.Sprintf("it listens on %s in plain HTTP, beyond this machine: put TLS, a VPN or a firewall in front", address))
 	}
 	for _, r := range snap.policy.rules() {
@@ -169,10 +151,9 @@ func startWarnings(address string, snap *snapshot) (warnings []string) {
 
 // restartState is everything on disk that only a restart brings into force, by name.
 func restartState(p paths) (map[string]string, error) {
-	state, err := restartValues(p)
-	if err == nil {
-		maps.Copy(state, pluginFingerprints(p))
-	}
+	state := pluginFingerprints(p)
+	values, err := restartValues(p)
+	maps.Copy(state, values)
 	return state, err
 }
 
@@ -196,9 +177,8 @@ func watchRestart(tick <-chan time.Time, p paths, inForce map[string]string, log
 // changedNames lists, sorted, the names whose values differ, those that only one side has included; none for a server that
 // has not said yet what it started with.
 func changedNames(before, now map[string]string) []string {
-	all := map[string]string{}
+	all := maps.Clone(now)
 	maps.Copy(all, before)
-	maps.Copy(all, now)
 	maps.DeleteFunc(all, func(name, _ string) bool { return before == nil || before[name] == now[name] })
 	return slices.Sorted(maps.Keys(all))
 }
