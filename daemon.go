@@ -55,9 +55,10 @@ func holdPidFile(p paths) (*os.File, error) {
 		return f, f.Truncate(0) // what an earlier server wrote is not true of this one
 	}
 	f.Close()
-	info, running, findErr := findServer(p)                // which knows better words for what is no regular file
-	if err = cmp.Or(findErr, err); err == nil && running { // with no address yet if it is just starting
-		err = fmt.Errorf("already running%s (pid %d)", pick(info.Address == "", "", " on "+info.Address), info.Pid)
+	info, running, findErr := findServer(p) // which has better words for what is no regular file
+	if err = cmp.Or(findErr, err); err == nil && running {
+		where := pick(info.Address == "", "", " on "+info.Address) // it may be just starting
+		err = fmt.Errorf("already running%s (pid %d)", where, info.Pid)
 	}
 	return nil, cmp.Or(err, errors.New("another server of this directory has just ended: try again"))
 }
@@ -72,11 +73,8 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 		return info, false, err
 	}
 	defer f.Close()
-	if err := checkTrustedFile(f, true); err != nil {
-		return info, false, err
-	}
 	pid, held, err := lockHolder(f)
-	if err != nil || !held {
+	if err = errors.Join(checkTrustedFile(f, true), err); err != nil || !held {
 		return info, false, err
 	}
 	if json.NewDecoder(f).Decode(&info) != nil || info.Pid != pid {
@@ -116,7 +114,7 @@ func startBackground(p paths, args []string) (serverInfo, error) {
 
 // awaitServer returns when the server has answered, or failed and ended.
 func awaitServer(child *os.Process, ready *os.File, p paths) (info serverInfo, err error) {
-	defer time.AfterFunc(readyWait, func() { child.Kill() }).Stop()
+	defer time.AfterFunc(readyWait, func() { child.Kill() }).Stop() // which ends its report, too
 	if json.NewDecoder(ready).Decode(&info) != nil {
 		info.Error = "the server ended before it answered: see " + p.log
 	}
@@ -165,6 +163,9 @@ func stopServer(p paths, s syscall.Signal, wait time.Duration) (info serverInfo,
 	if err != nil || !was {
 		return info, was, err
 	}
+	if info.Pid <= 0 {
+		return info, true, fmt.Errorf("%s is locked from where this process cannot see (another container or machine): stop the server there", p.pid)
+	}
 	return info, true, endProcess(process{Pid: info.Pid, is: func() (bool, error) {
 		now, running, err := findServer(p)
 		return running && now.Pid == info.Pid, err
@@ -192,13 +193,12 @@ func endProcess(pr process, s syscall.Signal, wait time.Duration) error {
 	if err == syscall.ESRCH {
 		return nil
 	} else if err != nil {
-		return fmt.Errorf("end process %d (0 if it runs in another container or machine: stop it there): %w", pr.Pid, err)
+		return fmt.Errorf("end process %d: %w", pr.Pid, err)
 	}
-	dead, err := h.wait(wait)
-	if err == nil && !dead {
-		err = fmt.Errorf("process %d has not ended within %s", pr.Pid, wait)
+	if dead, err := h.wait(wait); err != nil || dead {
+		return err
 	}
-	return err
+	return fmt.Errorf("process %d has not ended within %s", pr.Pid, wait)
 }
 
 // portHolders names the processes that listen on a TCP port: the server by the pid file, as it hides its descriptors, all

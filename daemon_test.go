@@ -468,6 +468,17 @@ func TestChangesThatNeedARestartAreLoggedOnce(t *testing.T) {
 	}
 }
 
+func TestChangedNames(t *testing.T) {
+	before := map[string]string{"same": "1", "other": "1", "gone": "1"}
+	now := map[string]string{"same": "1", "other": "2", "new": "1"}
+	if names := changedNames(before, now); fmt.Sprint(names) != "[gone new other]" {
+		t.Errorf("%q", names)
+	}
+	if names := changedNames(nil, now); len(names) != 0 { // the server is just starting, and its pid file still empty
+		t.Errorf("%q", names)
+	}
+}
+
 func TestStartWarnings(t *testing.T) {
 	for _, c := range []struct {
 		address string
