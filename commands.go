@@ -17,6 +17,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -72,7 +73,7 @@ func cliStart(t *terminal) error {
 // launch starts the server. before is the address of the one that it replaces, or "".
 func (t *terminal) launch(f startupFlags, args []string, before string) error {
 	if t.on("f") {
-		return serve(serveOptions{f, log.New(t.err, "", log.LstdFlags)})
+		return serve(t.paths, f, log.New(t.err, "", log.LstdFlags))
 	}
 	info, err := startBackground(t.paths, args)
 	if err != nil {
@@ -113,13 +114,10 @@ func (t *terminal) stop() (was bool, err error) {
 	if t.settings != nil {
 		wait += t.settings.KillGrace
 	}
-	info, was, err := stopServer(t.paths, wait)
+	info, was, err := stopServer(t.paths, syscall.SIGTERM, wait)
 	if err != nil && was && t.on("force") {
 		t.warn("pid %d does not stop, and is killed: %v", info.Pid, err)
-		err = killProcess(process{Pid: info.Pid, holds: func() bool {
-			now, running, err := findServer(t.paths)
-			return err == nil && running && now.Pid == info.Pid
-		}}, killWait)
+		_, _, err = stopServer(t.paths, syscall.SIGKILL, killWait)
 	}
 	if err == nil && was {
 		t.say("stopped: pid %d", info.Pid)
@@ -136,7 +134,7 @@ func (t *terminal) freePort(port int, must bool) error {
 	for _, h := range holders {
 		if err == nil {
 			t.say("killing pid %d, %q, which listens on port %d", h.Pid, h.Name, port)
-			err = killProcess(h, killWait)
+			err = endProcess(h, syscall.SIGKILL, killWait)
 		}
 	}
 	return err

@@ -62,7 +62,7 @@ func newDaemonHome(t *testing.T) *daemonHome {
 	h.write(h.settings, `{"exec":{"allow":["aexec --version"]}}`)
 	t.Cleanup(func() {
 		if _, running, _ := findServer(p); running {
-			stopServer(p, daemonPatience)
+			stopServer(p, syscall.SIGTERM, daemonPatience)
 		}
 		h.held.Close()
 		h.hold.Close()
@@ -208,9 +208,9 @@ func init() {
 		signal.Notify(terminated, syscall.SIGTERM)
 		p, err := configPaths()
 		if err == nil {
-			var lock *pidFile
+			var lock *os.File
 			if lock, err = holdPidFile(p); err == nil {
-				err = lock.publish(serverInfo{Pid: os.Getpid(), Address: os.Args[1]})
+				err = serverInfo{Pid: os.Getpid(), Address: os.Args[1]}.writeTo(lock)
 			}
 		}
 		fmt.Println("ready", err)
@@ -316,7 +316,7 @@ func TestPidFileNamesTheHolder(t *testing.T) {
 			t.Errorf("with %q in the file: found %+v", text, info)
 		}
 	}
-	if _, was, err := stopServer(h.paths, daemonPatience); !was || err != nil {
+	if _, was, err := stopServer(h.paths, syscall.SIGTERM, daemonPatience); !was || err != nil {
 		t.Errorf("stop: %v, %v", was, err)
 	}
 }
@@ -325,14 +325,14 @@ func TestPidFileNamesTheHolder(t *testing.T) {
 func TestStopTakesAZombieForGone(t *testing.T) {
 	h := newDaemonHome(t)
 	holder, _ := startHelper(t, "hold-pid-file", "")
-	info, was, err := stopServer(h.paths, daemonPatience)
+	info, was, err := stopServer(h.paths, syscall.SIGTERM, daemonPatience)
 	if err != nil || !was || info.Pid != holder.Process.Pid {
 		t.Errorf("stop: %+v, %v, %v", info, was, err)
 	}
 	if _, running, err := findServer(h.paths); running || err != nil {
 		t.Errorf("afterwards: %v, %v", running, err)
 	}
-	if _, was, err := stopServer(h.paths, daemonPatience); was || err != nil {
+	if _, was, err := stopServer(h.paths, syscall.SIGTERM, daemonPatience); was || err != nil {
 		t.Errorf("stopped again: %v, %v", was, err)
 	}
 }
@@ -340,12 +340,12 @@ func TestStopTakesAZombieForGone(t *testing.T) {
 func TestStopSaysWhoDoesNotEnd(t *testing.T) {
 	h := newDaemonHome(t)
 	holder, _ := startHelper(t, "hold-pid-file", "", "deaf")
-	info, was, err := stopServer(h.paths, 10*time.Millisecond)
+	info, was, err := stopServer(h.paths, syscall.SIGTERM, 10*time.Millisecond)
 	if want := fmt.Sprintf("process %d has not ended within 10ms", holder.Process.Pid); err == nil || err.Error() != want || !was {
 		t.Errorf("stop: %v, %v", was, err)
 	}
-	if err := killProcess(process{Pid: info.Pid}, daemonPatience); err != nil {
-		t.Error(err)
+	if again, was, err := stopServer(h.paths, syscall.SIGKILL, daemonPatience); again.Pid != info.Pid || !was || err != nil {
+		t.Errorf("kill: %+v, %v, %v", again, was, err)
 	}
 	if _, running, _ := findServer(h.paths); running {
 		t.Error("it was killed, and still holds the file")
@@ -366,7 +366,7 @@ func TestPidFileThatIsNoneOfOurs(t *testing.T) {
 				t.Fatal(err)
 			}
 			before, _ := os.ReadFile(h.settings)
-			if lock, err := holdPidFile(h.paths); err == nil || !strings.Contains(err.Error(), h.pid) || errors.Is(err, errNoPidFile) {
+			if lock, err := holdPidFile(h.paths); lock != nil || err == nil || !strings.Contains(err.Error(), h.pid) {
 				t.Errorf("held: %v, %v", lock, err)
 			}
 			if _, running, err := findServer(h.paths); running || err == nil || !strings.Contains(err.Error(), h.pid) {
@@ -392,11 +392,11 @@ func TestPortHolders(t *testing.T) {
 	if err != nil || len(holders) != 1 || holders[0].Pid != c.Process.Pid || !strings.HasPrefix(holders[0].Name, c.Path) {
 		t.Fatalf("holders: %+v, %v", holders, err)
 	}
-	mistaken := process{Pid: startBystander(t), holds: holders[0].holds}
-	if err := killProcess(holders[0], daemonPatience); err != nil {
+	mistaken := process{Pid: startBystander(t), is: holders[0].is}
+	if err := endProcess(holders[0], syscall.SIGKILL, daemonPatience); err != nil {
 		t.Error(err)
 	}
-	if err := killProcess(mistaken, daemonPatience); err != nil {
+	if err := endProcess(mistaken, syscall.SIGKILL, daemonPatience); err != nil {
 		t.Error(err)
 	}
 	if holders, err := portHolders(h.paths, port); len(holders) != 0 || err != nil {
@@ -436,15 +436,14 @@ func TestChangesThatNeedARestartAreLoggedOnce(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ctx, cancel := context.WithCancel(t.Context())
-	defer cancel()
 	tick, said := make(chan time.Time), new(bytes.Buffer)
 	ended := make(chan bool)
 	go func() {
-		watchRestart(ctx, tick, h.paths, inForce, log.New(said, "", 0))
+		watchRestart(tick, h.paths, inForce, log.New(said, "", 0))
 		close(ended)
 	}()
-	write := func(path, text string) func() { return func() { h.write(path, text) } }
+	// at once, for the second tick of the step before may still be at work
+	write := func(path, text string) func() { return func() { rewriteFile(path, []byte(text), 0o600) } }
 	steps := []func(){
 		func() {},
 		write(h.paths.env, "API_KEY="+daemonOtherKey+"\nPORT=0\nAGENT_EXEC_ENABLED=true\n"),
@@ -461,11 +460,22 @@ func TestChangesThatNeedARestartAreLoggedOnce(t *testing.T) {
 		tick <- time.Time{}
 		tick <- time.Time{} // is taken when the first has been dealt with
 	}
-	cancel()
+	close(tick)
 	<-ended
 	const after = " has changed on disk: it takes effect with aexec restart\n"
 	if want := `"API_KEY"` + after + `"maxRequestBodyBytes"` + after + `"maxRequestBodyBytes"` + after + `"plugin:new"` + after; said.String() != want {
 		t.Errorf("the log says:\n%s", said)
+	}
+}
+
+func TestChangedNames(t *testing.T) {
+	before := map[string]string{"same": "1", "other": "1", "gone": "1"}
+	now := map[string]string{"same": "1", "other": "2", "new": "1"}
+	if names := changedNames(before, now); fmt.Sprint(names) != "[gone new other]" {
+		t.Errorf("%q", names)
+	}
+	if names := changedNames(nil, now); len(names) != 0 { // the server is just starting, and its pid file still empty
+		t.Errorf("%q", names)
 	}
 }
 
@@ -661,8 +671,8 @@ func TestKilledServerStartsAgain(t *testing.T) {
 	h := newDaemonHome(t)
 	h.must("start")
 	first := h.server()
-	if err := killProcess(process{Pid: first.Pid}, daemonPatience); err != nil {
-		t.Fatal(err)
+	if killed, was, err := stopServer(h.paths, syscall.SIGKILL, daemonPatience); killed.Pid != first.Pid || !was || err != nil {
+		t.Fatal(killed, was, err)
 	}
 	if _, running, err := findServer(h.paths); running || err != nil {
 		t.Errorf("after SIGKILL: %v, %v", running, err)
@@ -714,7 +724,7 @@ func TestKeyLeavesTheEnvironment(t *testing.T) {
 			if !strings.Contains(output, "PATH=") || strings.Contains(output, "API_KEY") || strings.Contains(output, "AGENT_EXEC_") {
 				t.Errorf("a command's environment: %s", output)
 			}
-			stopServer(h.paths, daemonPatience)
+			stopServer(h.paths, syscall.SIGTERM, daemonPatience)
 			h.nothingRuns()
 		})
 	}
@@ -762,7 +772,7 @@ func TestServerHidesFromItsUser(t *testing.T) {
 	if err != nil || !held {
 		t.Fatal(held, err)
 	}
-	defer killProcess(process{Pid: server}, daemonPatience)
+	defer endProcess(process{Pid: server, is: func() (bool, error) { return true, nil }}, syscall.SIGKILL, daemonPatience)
 	for _, name := range []string{"fd", "environ", "mem"} {
 		info, err := os.Stat(fmt.Sprintf("/proc/%d/%s", server, name))
 		if err != nil {
@@ -821,7 +831,8 @@ func TestForcedStopFreesThePort(t *testing.T) {
 	}
 	h.must("start") // hides its descriptors
 	info := h.server()
-	if out := h.must("stop", "--force", "--port", strconv.Itoa(info.port())); !strings.Contains(out, strconv.Itoa(info.Pid)) {
+	_, port, _ = net.SplitHostPort(info.Address)
+	if out := h.must("stop", "--force", "--port", port); !strings.Contains(out, strconv.Itoa(info.Pid)) {
 		t.Errorf("it named nobody: %q", out)
 	}
 	h.nothingRuns()

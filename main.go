@@ -10,7 +10,7 @@ import (
 	"fmt"
 	"log"
 	"maps"
-	"net/netip"
+	"net"
 	"os"
 	"os/signal"
 	"slices"
@@ -30,98 +30,88 @@ func main() {
 	os.Exit(cli(os.Args[1:]))
 }
 
-// serveOptions are what `start -f` was given.
-type serveOptions struct {
-	startupFlags
-	log *log.Logger
+// serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
+func serve(p paths, f startupFlags, logger *log.Logger) error {
+	ready, key, err := takeHandover()
+	f.key = key
+	if err = errors.Join(err, hideProcess()); err == nil {
+		err = serveUntilSignal(p, f, ready, logger)
+	}
+	if err != nil { // not in a panic, which says nothing and is the log's
+		serverInfo{Error: err.Error()}.writeTo(ready)
+	}
+	return err
 }
 
-// serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
-func serve(o serveOptions) (err error) {
-	hand, err := takeHandover()
-	defer func() {
-		if err != nil { // not in a panic, which says nothing and is the log's
-			hand.report(serverInfo{}, err)
-		}
-	}()
-	if err != nil {
-		return err
-	}
-	if err := hideProcess(); err != nil {
-		return err
-	}
-	p, err := configPaths()
-	if err != nil {
-		return err
-	}
-	o.key = hand.key
-	start, err := loadStartup(p, o.startupFlags)
+// serveUntilSignal loads, holds the directory, listens, says so to ready (nil in the foreground), and answers.
+func serveUntilSignal(p paths, f startupFlags, ready *os.File, logger *log.Logger) error {
+	start, err := loadStartup(p, f)
 	if err != nil {
 		return err
 	}
 	if start.keyInEnv {
-		return hand.shedKey(start.key)
+		return shedKey(start.key, ready)
 	}
-	ctx, stop := untilSignal(hand.ready != nil)
-	defer stop()
+	// What nobody has a use for is caught and dropped: if it were ignored, it would be so in every command, too.
+	dropped, ends := []os.Signal{syscall.SIGPIPE, syscall.SIGHUP}, []os.Signal{syscall.SIGTERM, syscall.SIGINT}
+	if ready == nil {
+		dropped, ends = dropped[:1], append(ends, syscall.SIGHUP) // the terminal's end
+	}
+	signal.Notify(make(chan os.Signal, 1), dropped...)
+	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	return serveUntil(ctx, p, start, &hand, o.log)
-}
-
-// serveUntil holds the directory, loads, listens, and answers until ctx ends.
-func serveUntil(ctx context.Context, p paths, start startup, hand *handover, logger *log.Logger) error {
 	lock, err := holdPidFile(p)
-	if errors.Is(err, errNoPidFile) {
-		logger.Printf("warning: %v", err)
-	} else if err != nil {
+	if err != nil {
 		return err
 	}
-	defer lock.release()
+	defer lock.Close()
 	s, err := assemble(p, start, logger)
 	if err != nil {
 		return err
 	}
-	defer s.audit.close()
+	defer s.audit.close() // before the pid file: who can lock that can lock both
 	l, err := listen(start.host, start.port)
 	if err != nil {
 		return err
 	}
-	defer l.Close()
-	s.address = l.Addr().String()
-	if s.runner, err = newRunner(p.dir); err != nil {
+	s.runner, err = newRunner(p.dir)
+	onDisk, diskErr := restartState(p)
+	if err := errors.Join(err, diskErr); err != nil {
 		return err
 	}
-	leftovers := 0
-	if lock != nil { // else they may be the commands of a server that runs
-		leftovers = s.runner.endLeftovers()
-	}
-	onDisk, err := restartState(p)
-	if err != nil {
+	info := serverInfo{Pid: os.Getpid(), Address: l.Addr().String(), Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
+	if err := s.started(info, lock); err != nil {
 		return err
 	}
-	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
-	if err := errors.Join(lock.publish(info), s.logStart(leftovers)); err != nil {
-		return err
-	}
-	hand.report(info, nil)
-	tick := time.NewTicker(watchTime)
-	defer tick.Stop()
-	go watchRestart(ctx, tick.C, p, onDisk, logger)
+	info.writeTo(ready) // if the starter is gone, nobody needs it
+	ready.Close()
+	go watchRestart(time.Tick(watchTime), p, onDisk, logger)
 	err = s.serve(ctx, l)
-	return errors.Join(err, s.logStop(cmp.Or(context.Cause(ctx), err)))
+	why := cmp.Or(context.Cause(ctx), err)
+	err = errors.Join(err, s.audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
+	logger.Printf("stopped (%v), audit head %s", why, s.audit.head())
+	return err
 }
 
-// untilSignal is a context that ends with SIGTERM or SIGINT, and in the foreground with the terminal. A background server
-// has no use for SIGHUP, nobody has for SIGPIPE: they are caught and dropped, for ignored ones would be so in every command.
-func untilSignal(background bool) (context.Context, context.CancelFunc) {
-	ends, dropped := []os.Signal{syscall.SIGTERM, syscall.SIGINT}, []os.Signal{syscall.SIGPIPE}
-	if background {
-		dropped = append(dropped, syscall.SIGHUP)
+// started records, publishes and logs the start.
+func (s *server) started(info serverInfo, lock *os.File) (err error) {
+	record := auditRecord{Event: "server_start"}
+	if lock == nil { // what looks left over may be the commands of a server that runs
+		s.log.Print("warning: there can be no pid file: status and stop will not find this server")
 	} else {
-		ends = append(ends, syscall.SIGHUP)
+		if n := s.runner.endLeftovers(); n > 0 {
+			record.Reason = fmt.Sprintf("ended %d processes that a crashed server left", n)
+		}
+		err = info.writeTo(lock)
 	}
-	signal.Notify(make(chan os.Signal, 1), dropped...)
-	return signal.NotifyContext(context.Background(), ends...)
+	err = errors.Join(err, s.audit.append(record))
+	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, s.audit.head())
+	if snap, _, err := s.store.current(); err == nil {
+		for _, warning := range startWarnings(info.Address, snap) {
+			s.log.Print("warning: ", warning)
+		}
+	}
+	return err
 }
 
 // assemble loads all that a server needs before it listens.
@@ -130,55 +120,17 @@ func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	plugins, problems := loadPlugins(p, plain)
-	var rules []ruleSet
-	for _, pl := range plugins {
-		rules = append(rules, pl.Rules)
-	}
-	for _, problem := range problems {
-		if !problem.Warning {
-			err = errors.Join(err, fmt.Errorf("plugin %q: %s: %s", problem.Plugin, problem.File, problem.Message))
-		}
-	}
-	if err != nil {
+	found := state{}
+	found.plugins, found.problems = loadPlugins(p, plain)
+	if err := found.startErrors(); err != nil {
 		return nil, err
 	}
-	store, err := openStore(p, rules)
+	store, err := openStore(p, found.pluginRules())
 	if err != nil {
 		return nil, err
 	}
 	audit, err := openAudit(cmp.Or(plain.AuditFile, p.audit), plain.AuditEnabled, start.key)
-	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger, auditFile: p.audit}, err
-}
-
-// logStart records and logs the start.
-func (s *server) logStart(leftovers int) error {
-	record := auditRecord{Event: "server_start"}
-	if leftovers > 0 {
-		record.Reason = fmt.Sprintf("ended %d processes that a crashed server left", leftovers)
-		s.log.Print(record.Reason)
-	}
-	if err := s.audit.append(record); err != nil {
-		return err
-	}
-	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, s.address, os.Getpid(), s.audit.head())
-	if !s.start.enabled {
-		s.log.Print("AGENT_EXEC_ENABLED is not true: everything but /ping answers 503")
-	}
-	snap, _, err := s.store.current()
-	if err == nil {
-		for _, warning := range startWarnings(s.address, snap) {
-			s.log.Print("warning: ", warning)
-		}
-	}
-	return err
-}
-
-// logStop records and logs the stop.
-func (s *server) logStop(why error) error {
-	err := s.audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)})
-	s.log.Printf("stopped (%v), audit head %s", why, s.audit.head())
-	return err
+	return &server{start: start, store: store, audit: audit, plugins: found.plugins, log: logger, auditFile: p.audit}, err
 }
 
 // startWarnings names what makes this server more dangerous than it need be; for the log and for status.
@@ -186,7 +138,7 @@ func startWarnings(address string, snap *snapshot) (warnings []string) {
 	if os.Geteuid() == 0 && snap.cred == nil {
 		warnings = append(warnings, "it runs as root, and so does every command: set exec.user to an unprivileged user")
 	}
-	if a, err := netip.ParseAddrPort(address); err == nil && !a.Addr().Unmap().IsLoopback() {
+	if host, _, _ := net.SplitHostPort(address); !isLoopback(host) {
 		warnings = append(warnings, fmt.Sprintf("it listens on %s in plain HTTP, beyond this machine: put TLS, a VPN or a firewall in front", address))
 	}
 	for _, r := range snap.policy.rules() {
@@ -199,21 +151,16 @@ func startWarnings(address string, snap *snapshot) (warnings []string) {
 
 // restartState is everything on disk that only a restart brings into force, by name.
 func restartState(p paths) (map[string]string, error) {
-	state, err := restartValues(p)
-	if err == nil {
-		maps.Copy(state, pluginFingerprints(p))
-	}
+	state := pluginFingerprints(p)
+	values, err := restartValues(p)
+	maps.Copy(state, values)
 	return state, err
 }
 
 // watchRestart logs, once, each value on disk that has come to differ from the one in force.
-func watchRestart(ctx context.Context, tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
-	for seen := maps.Clone(inForce); ; {
-		select {
-		case <-ctx.Done():
-			return
-		case <-tick:
-		}
+func watchRestart(tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
+	seen := inForce
+	for range tick {
 		onDisk, err := restartState(p)
 		if err != nil {
 			continue // an unusable settings.json is reported where it is read
@@ -227,15 +174,11 @@ func watchRestart(ctx context.Context, tick <-chan time.Time, p paths, inForce m
 	}
 }
 
-// changedNames lists, sorted, the names whose values differ, those that only one side has included.
-func changedNames(a, b map[string]string) (names []string) {
-	all := maps.Clone(a)
-	maps.Copy(all, b)
-	for name := range all {
-		if a[name] != b[name] {
-			names = append(names, name)
-		}
-	}
-	slices.Sort(names)
-	return names
+// changedNames lists, sorted, the names whose values differ, those that only one side has included; none for a server that
+// has not said yet what it started with.
+func changedNames(before, now map[string]string) []string {
+	all := maps.Clone(now)
+	maps.Copy(all, before)
+	maps.DeleteFunc(all, func(name, _ string) bool { return before == nil || before[name] == now[name] })
+	return slices.Sorted(maps.Keys(all))
 }
