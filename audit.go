@@ -31,7 +31,7 @@ const (
 	eventAuthFailed  = "auth_failed"
 	eventAuditBroken = "audit_broken"         // written by this file alone
 	maxAuditLine     = 4 << 20                // bytes; 128 KiB of arguments, twice, escaped at six bytes for one, stay below half of it
-	maxAuditTail     = 32 << 20               // bytes that are read back from the end of a log
+	maxAuditTail     = 16 << 20               // bytes that are read back from the end of a log
 	maxAuditText     = 4 << 10                // bytes of any one text but an argument, and of a denied argv
 	maxAuditEndpoint = 256                    // bytes
 	maxAuthFailures  = 10                     // records a second
@@ -93,25 +93,24 @@ func parseAuditHead(s string) (auditHead, error) {
 
 // auditLog is one open log. A nil *auditLog is not valid; a disabled one accepts and drops.
 type auditLog struct {
-	mu      sync.Mutex
-	now     func() time.Time
-	key     *apiKey
-	file    string
-	enabled bool
-
-	f       *os.File      // nil: to be opened before the next record
-	info    fs.FileInfo   // of f as the last write left it; nil: the chain is not in memory yet
-	size    int64         // of f, by count of what was written
-	unended bool          // f ends in the middle of a line
-	prev    string        // digest of the last line, torn or whole
-	last    auditHead     // of the last record
-	alarm   string        // what the next audit_broken says; "" for nothing
-	lost    int           // records that could not be written since the last one that could
-	enc     *json.Encoder // into buf
-	buf     bytes.Buffer
-
-	second               time.Time // auth failures are counted from here
-	failures, suppressed int
+	mu         sync.Mutex
+	now        func() time.Time
+	key        *apiKey
+	file       string
+	enabled    bool
+	f          *os.File    // nil: to be opened before the next record
+	info       fs.FileInfo // of f as the last write left it; nil: the chain is not in memory yet
+	size       int64       // of f, by count of what was written
+	unended    bool        // f ends in the middle of a line
+	prev       string      // digest of the last line, torn or whole
+	last       auditHead   // of the last record
+	alarm      string      // what the next audit_broken says; "" for nothing
+	lost       int         // records that could not be written since the last one that could
+	second     time.Time   // auth failures are counted from here
+	failures   int         // in this second
+	suppressed int         // auth failures since the last one that was written
+	buf        bytes.Buffer
+	enc        *json.Encoder // into buf
 }
 
 // openAudit opens (or creates, 0600) the log, takes the lock that refuses a second server, and continues its chain.
@@ -153,36 +152,24 @@ func (l *auditLog) close() error {
 	return f.Close()
 }
 
-// authFailed writes auth_failed, at most 10 a second; the next one carries how many were suppressed.
-func (l *auditLog) authFailed(r auditRecord) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if now := l.now(); now.Sub(l.second).Abs() >= time.Second {
-		l.second, l.failures = now, 0
-	}
-	if l.failures++; l.failures > maxAuthFailures {
-		l.suppressed++
-		return nil
-	}
-	r.Event, r.Suppressed = eventAuthFailed, l.suppressed
-	err := l.record(r)
-	if err == nil {
-		l.suppressed = 0
-	}
-	return err
-}
-
 // append writes one record with one write; seq, timestamp and prev are filled in here, and the key is taken out of every text.
 // An error means: not on disk. The next record is then preceded by an audit_broken that says how many are missing.
+// Of auth_failed it writes at most 10 a second; the next one carries how many were suppressed.
 func (l *auditLog) append(r auditRecord) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	return l.record(r)
-}
-
-func (l *auditLog) record(r auditRecord) error {
 	if !l.enabled {
 		return nil
+	}
+	if r.Event == eventAuthFailed {
+		if now := l.now(); now.Sub(l.second).Abs() >= time.Second {
+			l.second, l.failures = now, 0
+		}
+		if l.failures++; l.failures > maxAuthFailures {
+			l.suppressed++
+			return nil
+		}
+		r.Suppressed, l.suppressed = l.suppressed, 0
 	}
 	err := l.open()
 	if err == nil && l.alarm != "" {
@@ -194,8 +181,7 @@ func (l *auditLog) record(r auditRecord) error {
 		err = l.write(r)
 	}
 	if err != nil {
-		l.lost++
-		l.alarm = cmp.Or(l.alarm, "records could not be written, as many as suppressed says")
+		l.alarm, l.lost = cmp.Or(l.alarm, "records could not be written, as many as suppressed says"), l.lost+1+r.Suppressed
 		return fmt.Errorf("the audit record %s was not written: %w", r.Event, err)
 	}
 	return nil
@@ -367,31 +353,24 @@ func auditLines(f *os.File, at int64) *bufio.Scanner {
 	s := bufio.NewScanner(io.NewSectionReader(f, at, math.MaxInt64-at))
 	s.Buffer(nil, maxAuditLine)
 	s.Split(func(data []byte, atEOF bool) (int, []byte, error) {
-		n := bytes.IndexByte(data, '\n') + 1
-		if n == 0 && atEOF {
-			n = len(data)
+		n, line, err := bufio.ScanLines(data, atEOF)
+		if line != nil {
+			line = data[:n] // the digest wants what ScanLines trims
 		}
-		if n == 0 {
-			return 0, nil, nil // a token that is empty but not nil is an empty line
-		}
-		return n, data[:n], nil
+		return n, line, err
 	})
 	return s
 }
 
 // lastLines reads the last n lines of a file, or those that maxAuditTail bytes hold.
-func lastLines(f *os.File, size int64, n int) (lines [][]byte, err error) {
-	limit := min(size, maxAuditTail)
-	for window := min(limit, 64<<10); ; window = min(limit, 4*window) {
-		data := make([]byte, window)
-		_, err = f.ReadAt(data, size-window)
-		if lines = slices.Collect(bytes.Lines(data)); window < size {
-			lines = lines[1:] // most likely not whole
-		}
-		if err != nil || window == limit || len(lines) >= n {
-			return lines[max(0, len(lines)-max(0, n)):], err
-		}
+func lastLines(f *os.File, size int64, n int) ([][]byte, error) {
+	data := make([]byte, min(size, maxAuditTail))
+	_, err := f.ReadAt(data, size-int64(len(data)))
+	lines := slices.Collect(bytes.Lines(data))
+	if size > maxAuditTail {
+		lines = lines[1:] // most likely not whole
 	}
+	return lines[max(0, len(lines)-max(0, n)):], err
 }
 
 // auditEnd reads where a chain ends: its last record, and the digest that the next one refers to.

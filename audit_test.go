@@ -629,7 +629,7 @@ func TestAuditClockJumps(t *testing.T) {
 	for _, year := range []int{2026, 1970, 2999, 2025} {
 		l.now = func() time.Time { return time.Date(year, 1, 2, 3, 4, 5, 6, time.UTC) }
 		appendAudit(t, l, fmt.Sprint(year))
-		if err := l.authFailed(auditRecord{}); err != nil {
+		if err := l.append(auditRecord{Event: "auth_failed"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -646,7 +646,7 @@ func TestAuditAuthFailuresAreFew(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 100 {
-				if err := l.authFailed(auditRecord{SourceIP: "192.0.2.1"}); err != nil {
+				if err := l.append(auditRecord{Event: "auth_failed", SourceIP: "192.0.2.1"}); err != nil {
 					t.Error(err)
 				}
 			}
@@ -655,7 +655,7 @@ func TestAuditAuthFailuresAreFew(t *testing.T) {
 	wg.Wait()
 	clock = clock.Add(time.Second)
 	for range 2 {
-		if err := l.authFailed(auditRecord{}); err != nil {
+		if err := l.append(auditRecord{Event: "auth_failed"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -726,7 +726,7 @@ func TestAuditDisabled(t *testing.T) {
 		t.Fatal(err)
 	}
 	appendAudit(t, l, "one")
-	if err := l.authFailed(auditRecord{}); err != nil {
+	if err := l.append(auditRecord{Event: "auth_failed"}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(file); err == nil || l.head() != (auditHead{}) {
