@@ -28,7 +28,6 @@ import (
 )
 
 const (
-	eventAuthFailed  = "auth_failed"
 	eventAuditBroken = "audit_broken"         // written by this file alone
 	maxAuditLine     = 4 << 20                // bytes; 128 KiB of arguments, twice, escaped at six bytes for one, stay below half of it
 	maxAuditTail     = 16 << 20               // bytes that are read back from the end of a log
@@ -110,14 +109,11 @@ type auditLog struct {
 	failures   int         // in this second
 	suppressed int         // auth failures since the last one that was written
 	buf        bytes.Buffer
-	enc        *json.Encoder // into buf
 }
 
 // openAudit opens (or creates, 0600) the log, takes the lock that refuses a second server, and continues its chain.
 func openAudit(file string, enabled bool, key *apiKey) (*auditLog, error) {
 	l := &auditLog{now: time.Now, key: key}
-	l.enc = json.NewEncoder(&l.buf)
-	l.enc.SetEscapeHTML(false)
 	return l, l.reconfigure(file, enabled)
 }
 
@@ -161,7 +157,7 @@ func (l *auditLog) append(r auditRecord) error {
 	if !l.enabled {
 		return nil
 	}
-	if r.Event == eventAuthFailed {
+	if r.Event == "auth_failed" {
 		if now := l.now(); now.Sub(l.second).Abs() >= time.Second {
 			l.second, l.failures = now, 0
 		}
@@ -202,9 +198,8 @@ func (l *auditLog) open() error {
 	l.f.Close() // only now: until then a new file could not have the old one's inode number
 	l.f = nil
 	if err == nil && info.Mode().IsRegular() {
-		var locked bool
-		if locked, err = lockLog(f); err == nil && !locked {
-			err = fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file)
+		if locked, bad := lockLog(f); !locked {
+			err = cmp.Or(bad, fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file))
 		}
 	}
 	if err == nil && l.info == nil {
@@ -231,7 +226,9 @@ func (l *auditLog) write(r auditRecord) error {
 	if l.unended {
 		l.buf.WriteByte('\n')
 	}
-	if err := l.enc.Encode(&r); err != nil {
+	enc := json.NewEncoder(&l.buf)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(&r); err != nil {
 		return err
 	}
 	data := escapeAudit(l.buf.Bytes())
@@ -378,7 +375,7 @@ func auditEnd(f *os.File, size int64) (auditHead, string, error) {
 	rep := auditReport{prev: noPrev}
 	lines, err := lastLines(f, size, auditTornRun)
 	for _, line := range lines {
-		rep.take(line)
+		rep.take(line, nil)
 	}
 	if rep.uncovered { // a crash leaves no newline: what is no record and has one is left for verify to find
 		rep.prev = cmp.Or(rep.Head.Digest, noPrev)
@@ -410,16 +407,13 @@ func followAudit(ctx context.Context, file string, n int, emit func(auditLine)) 
 	at := info.Size() - int64(len(bytes.Join(lines, nil)))
 	for tick := time.Tick(auditPoll); err == nil; {
 		now, gone := os.Lstat(file) // gone: between rename and creation
-		rotated := gone == nil && !os.SameFile(now, info)
-		if gone == nil && !rotated && now.Size() < at {
-			at = 0
-		}
+		anew := gone == nil && (!os.SameFile(now, info) || now.Size() < at)
 		s := auditLines(f, at)
 		for s.Scan() && bytes.HasSuffix(s.Bytes(), []byte("\n")) {
 			emit(parseAuditLine(s.Bytes()))
 			at += int64(len(s.Bytes()))
 		}
-		if err = s.Err(); err == nil && rotated {
+		if err = s.Err(); err == nil && anew {
 			f.Close()
 			f, info, err = openPlain(file, os.O_RDONLY, true)
 			at = 0
@@ -443,34 +437,35 @@ type auditReport struct {
 	Broken  int // line number that breaks the chain; 0: none
 	Why     string
 
-	lines       int
-	first, prev string // what the first record refers to; digest of the line before
-	uncovered   bool   // that line is whole, no record, and not covered by one
+	lines            int
+	prev             string // digest of the line before
+	found, uncovered bool   // the known head; a line before that is whole, no record, and covered by none
 }
 
-// take reads the next line, and says what is wrong with it.
-func (rep *auditReport) take(line []byte) (why string) {
+// take reads the next line. With want, no other record may stand in that one's place.
+func (rep *auditReport) take(line []byte, want *auditHead) {
 	line, ended := bytes.CutSuffix(line, []byte("\n"))
-	a, prev, digest := parseAuditLine(line), rep.prev, auditDigest(line)
-	r := a.Record
-	rep.lines, rep.prev, rep.uncovered = rep.lines+1, digest, a.Torn && ended
-	switch {
-	case a.Torn:
+	a, prev := parseAuditLine(line), rep.prev
+	r, head := a.Record, auditHead{a.Record.Seq, auditDigest(line)}
+	rep.lines, rep.prev, rep.uncovered = rep.lines+1, head.Digest, a.Torn && ended
+	if a.Torn {
 		rep.Torn++
-		return ""
+		return
+	}
+	switch {
 	case r.Prev != prev && (rep.lines > 1 || r.Seq == 1): // the first line of a rotated file follows from the old file
-		why = "it does not follow from the line before: that one was changed, or lines were removed, added or moved"
+		rep.Why = "it does not follow from the line before: that one was changed, or lines were removed, added or moved"
 	case rep.Records > 0 && r.Seq != rep.Head.Seq+1:
-		why = fmt.Sprintf("it is record %d and follows record %d", r.Seq, rep.Head.Seq)
+		rep.Why = fmt.Sprintf("it is record %d and follows record %d", r.Seq, rep.Head.Seq)
+	case want != nil && r.Seq == want.Seq && head != *want:
+		rep.Why = fmt.Sprintf("it is record %d, but not the one of the known head", r.Seq)
 	}
-	if rep.Records++; rep.Records == 1 {
-		rep.Begins, rep.first = r.Seq, r.Prev
-	}
-	rep.Head = auditHead{r.Seq, digest}
+	rep.found = rep.found || want != nil && (*want == head || *want == auditHead{r.Seq - 1, r.Prev})
+	rep.Head, rep.Records = head, rep.Records+1
+	rep.Begins = cmp.Or(rep.Begins, r.Seq)
 	if r.Event == eventAuditBroken {
 		rep.Alarms++
 	}
-	return why
 }
 
 // verifyAudit reads a whole log, a line at a time. With want, that record must be in it, or be the one before its first.
@@ -481,16 +476,11 @@ func verifyAudit(file string, want *auditHead) (auditReport, error) {
 		return rep, err
 	}
 	defer f.Close()
-	found := want == nil
 	s := auditLines(f, 0)
 	for rep.Why == "" && s.Scan() {
-		rep.Why = rep.take(s.Bytes())
-		if rep.Why == "" && want != nil && rep.Head.Seq == want.Seq && rep.Head != *want {
-			rep.Why = fmt.Sprintf("it is record %d, but not the one of the known head", want.Seq)
-		}
-		found = found || *want == rep.Head || *want == auditHead{rep.Begins - 1, rep.first}
+		rep.take(s.Bytes(), want)
 	}
-	switch err := s.Err(); {
+	switch err = s.Err(); {
 	case rep.Why != "":
 	case err == bufio.ErrTooLong:
 		rep.lines, rep.Why = rep.lines+1, "it is longer than any record"
@@ -498,7 +488,7 @@ func verifyAudit(file string, want *auditHead) (auditReport, error) {
 		return rep, err
 	case rep.uncovered:
 		rep.Why = "it is not a record, and no later one covers it"
-	case !found:
+	case want != nil && !rep.found:
 		rep.Why = fmt.Sprintf("the log holds records %d to %d, and the known head %s is not among them", rep.Begins, rep.Head.Seq, want)
 	}
 	if rep.Why != "" {

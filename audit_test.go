@@ -540,9 +540,10 @@ func TestAuditFIFO(t *testing.T) {
 	}
 	defer r.Close()
 	var got []auditLine
-	read := make(chan error)
+	read, copied := make(chan error), fifo+".copy"
 	go func() {
 		data, err := io.ReadAll(r)
+		writeTestFile(t, copied, string(data))
 		for line := range bytes.Lines(data) {
 			got = append(got, parseAuditLine(line))
 		}
@@ -557,6 +558,9 @@ func TestAuditFIFO(t *testing.T) {
 	last := len(got) - 1
 	if got[last].Record.Event != "exec_end" || got[last-1].Record.Event != "audit_broken" || got[last].Record.Seq != uint64(n+1) {
 		t.Errorf("after %d records the reader got %s and %s", n, got[last-1].Raw, got[last].Raw)
+	}
+	if rep := wantChain(t, copied); rep.Head != l.head() { // what a full pipe tore is covered
+		t.Errorf("%+v, head %v", rep, l.head())
 	}
 }
 
