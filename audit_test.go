@@ -540,10 +540,11 @@ func TestAuditFIFO(t *testing.T) {
 	}
 	defer r.Close()
 	var got []auditLine
-	read, copied := make(chan error), fifo+".copy"
+	var data []byte
+	read := make(chan error)
 	go func() {
-		data, err := io.ReadAll(r)
-		writeTestFile(t, copied, string(data))
+		var err error
+		data, err = io.ReadAll(r)
 		for line := range bytes.Lines(data) {
 			got = append(got, parseAuditLine(line))
 		}
@@ -559,7 +560,8 @@ func TestAuditFIFO(t *testing.T) {
 	if got[last].Record.Event != "exec_end" || got[last-1].Record.Event != "audit_broken" || got[last].Record.Seq != uint64(n+1) {
 		t.Errorf("after %d records the reader got %s and %s", n, got[last-1].Raw, got[last].Raw)
 	}
-	if rep := wantChain(t, copied); rep.Head != l.head() { // what a full pipe tore is covered
+	writeTestFile(t, fifo+".copy", string(data))
+	if rep := wantChain(t, fifo+".copy"); rep.Head != l.head() { // what a full pipe tore is covered
 		t.Errorf("%+v, head %v", rep, l.head())
 	}
 }
