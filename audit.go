@@ -14,8 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"math"
 	"os"
 	"regexp"
 	"slices"
@@ -98,7 +96,7 @@ type auditLog struct {
 	file       string
 	enabled    bool
 	f          *os.File    // nil: to be opened before the next record
-	info       fs.FileInfo // of f as the last write left it; nil: the chain is not in memory yet
+	info       os.FileInfo // of f as the last write left it; nil: the chain is not in memory yet
 	size       int64       // of f, by count of what was written
 	unended    bool        // f ends in the middle of a line
 	prev       string      // digest of the last line, torn or whole
@@ -184,7 +182,7 @@ func (l *auditLog) append(r auditRecord) error {
 }
 
 // asLeft compares file, size and time; a change back and forth that sets the time back as well is for verify to find.
-func (l *auditLog) asLeft(now fs.FileInfo) bool {
+func (l *auditLog) asLeft(now os.FileInfo) bool {
 	return os.SameFile(now, l.info) && (!now.Mode().IsRegular() || now.Size() == l.size && now.ModTime().Equal(l.info.ModTime()))
 }
 
@@ -310,7 +308,7 @@ func auditDigest(line []byte) string {
 }
 
 // openPlain opens a file never through a link, never waiting, and never making it our terminal (open(2)).
-func openPlain(file string, flags int, regular bool) (f *os.File, info fs.FileInfo, err error) {
+func openPlain(file string, flags int, regular bool) (f *os.File, info os.FileInfo, err error) {
 	if f, err = os.OpenFile(file, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0o600); err == nil {
 		info, err = f.Stat()
 	}
@@ -347,7 +345,7 @@ func parseAuditLine(line []byte) (a auditLine) {
 
 // auditLines reads the lines of a log from an offset on, each with its newline but perhaps the last.
 func auditLines(f *os.File, at int64) *bufio.Scanner {
-	s := bufio.NewScanner(io.NewSectionReader(f, at, math.MaxInt64-at))
+	s := bufio.NewScanner(io.NewSectionReader(f, at, 1<<62))
 	s.Buffer(nil, maxAuditLine)
 	s.Split(func(data []byte, atEOF bool) (int, []byte, error) {
 		n, line, err := bufio.ScanLines(data, atEOF)
