@@ -14,30 +14,21 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"math"
 	"os"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
-	"unicode"
 	"unicode/utf16"
-	"unicode/utf8"
-)
-
-// The kinds of record that this file itself treats apart.
-const (
-	eventAuthFailed  = "auth_failed"
-	eventExecDenied  = "exec_denied"
-	eventAuditBroken = "audit_broken" // written by this file alone
 )
 
 const (
+	eventAuditBroken = "audit_broken"         // written by this file alone
 	maxAuditLine     = 4 << 20                // bytes; 128 KiB of arguments, twice, escaped at six bytes for one, stay below half of it
-	maxAuditTail     = 32 << 20               // bytes that are read back from the end of a log
+	maxAuditTail     = 16 << 20               // bytes that are read back from the end of a log
 	maxAuditText     = 4 << 10                // bytes of any one text but an argument, and of a denied argv
 	maxAuditEndpoint = 256                    // bytes
 	maxAuthFailures  = 10                     // records a second
@@ -48,9 +39,8 @@ const (
 )
 
 var (
-	noPrev      = strings.Repeat("0", 2*sha256.Size) // stands in the first record of a chain
-	newline     = []byte("\n")
-	errNotAudit = errors.New("is not an audit log")
+	noPrev      = strings.Repeat("0", 2*sha256.Size)                                              // stands in the first record of a chain
+	auditUnsafe = regexp.MustCompile(`[\x00-\x09\x0b-\x1f\x7f-\x{9f}\p{Cf}\p{Zl}\p{Zp}\x{FFFD}]`) // a newline only ever ends a record
 )
 
 // auditRecord is one line; the order of the fields is the order in the file.
@@ -100,76 +90,40 @@ func parseAuditHead(s string) (auditHead, error) {
 
 // auditLog is one open log. A nil *auditLog is not valid; a disabled one accepts and drops.
 type auditLog struct {
-	mu      sync.Mutex
-	now     func() time.Time
-	key     *apiKey
-	file    string
-	enabled bool
-
-	f       *os.File      // nil: to be opened before the next record
-	info    fs.FileInfo   // of f as the last write left it
-	size    int64         // of a regular file, by count of what was written
-	unended bool          // f ends in the middle of a line
-	goOn    bool          // the chain is in memory: the file was open before
-	prev    string        // digest of the last line, torn or whole
-	last    auditHead     // of the last record
-	alarm   string        // what the next audit_broken says; "" for nothing
-	lost    int           // records that could not be written since the last one that could
-	enc     *json.Encoder // into buf
-	buf     bytes.Buffer
-
-	second     time.Time // auth failures are counted from here
-	failures   int
-	suppressed int
+	mu         sync.Mutex
+	now        func() time.Time
+	key        *apiKey
+	file       string
+	enabled    bool
+	f          *os.File    // nil: to be opened before the next record
+	info       os.FileInfo // of f as the last write left it; nil: the chain is not in memory yet
+	size       int64       // of f, by count of what was written
+	unended    bool        // f ends in the middle of a line
+	prev       string      // digest of the last line, torn or whole
+	last       auditHead   // of the last record
+	alarm      string      // what the next audit_broken says; "" for nothing
+	lost       int         // records that could not be written since the last one that could
+	second     time.Time   // auth failures are counted from here
+	failures   int         // in this second
+	suppressed int         // auth failures since the last one that was written
+	buf        bytes.Buffer
 }
 
 // openAudit opens (or creates, 0600) the log, takes the lock that refuses a second server, and continues its chain.
 func openAudit(file string, enabled bool, key *apiKey) (*auditLog, error) {
-	l := &auditLog{now: time.Now, key: key, file: file, enabled: enabled}
-	l.enc = json.NewEncoder(&l.buf)
-	l.enc.SetEscapeHTML(false)
-	if !enabled {
-		return l, nil
-	}
-	return l, l.open()
+	l := &auditLog{now: time.Now, key: key}
+	return l, l.reconfigure(file, enabled)
 }
 
-// append writes one record with one write; seq, timestamp and prev are filled in here, and the key is taken out of every text.
-// An error means: not on disk. The next record is then preceded by an audit_broken that says how many are missing.
-func (l *auditLog) append(r auditRecord) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.record(r)
-}
-
-// authFailed writes auth_failed, at most 10 a second; the next one carries how many were suppressed.
-func (l *auditLog) authFailed(r auditRecord) error {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	if now := l.now(); now.Sub(l.second).Abs() >= time.Second {
-		l.second, l.failures = now, 0
-	}
-	if l.failures++; l.failures > maxAuthFailures {
-		l.suppressed++
-		return nil
-	}
-	r.Event, r.Suppressed = eventAuthFailed, l.suppressed
-	err := l.record(r)
-	if err == nil {
-		l.suppressed = 0
-	}
-	return err
-}
-
-// reconfigure follows audit.enabled and audit.file of a reloaded snapshot. After an error append goes on trying, and failing, until the file can be opened.
+// reconfigure follows audit.enabled and audit.file. After an error append goes on trying, and failing, until the file can be opened.
 func (l *auditLog) reconfigure(file string, enabled bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if file == l.file && enabled == l.enabled {
 		return nil
 	}
-	l.drop()
-	l.file, l.enabled, l.goOn = file, enabled, false
+	l.f.Close() // here and below: a nil file only says that it is none
+	l.f, l.info, l.file, l.enabled = nil, nil, file, enabled
 	if !enabled {
 		return nil
 	}
@@ -183,29 +137,37 @@ func (l *auditLog) head() auditHead {
 	return l.last
 }
 
+// close leaves a log that cannot be written.
 func (l *auditLog) close() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.file = "" // what comes now cannot be written
-	return l.drop()
+	f := l.f
+	l.f, l.file = nil, ""
+	return f.Close()
 }
 
-func (l *auditLog) drop() (err error) {
-	if l.f != nil {
-		err, l.f = l.f.Close(), nil
-	}
-	return err
-}
-
-// record writes what the log itself has to say, and then r.
-func (l *auditLog) record(r auditRecord) error {
+// append writes one record with one write; seq, timestamp and prev are filled in here, and the key is taken out of every text.
+// An error means: not on disk. The next record is then preceded by an audit_broken that says how many are missing.
+// Of auth_failed it writes at most 10 a second; the next one carries how many were suppressed.
+func (l *auditLog) append(r auditRecord) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	if !l.enabled {
 		return nil
 	}
-	err := l.ready()
-	if err == nil && (l.lost > 0 || l.alarm != "") {
-		why := cmp.Or(l.alarm, "records could not be written, as many as suppressed says")
-		if err = l.write(auditRecord{Event: eventAuditBroken, Reason: why, Suppressed: l.lost}); err == nil {
+	if r.Event == "auth_failed" {
+		if now := l.now(); now.Sub(l.second).Abs() >= time.Second {
+			l.second, l.failures = now, 0
+		}
+		if l.failures++; l.failures > maxAuthFailures {
+			l.suppressed++
+			return nil
+		}
+		r.Suppressed, l.suppressed = l.suppressed, 0
+	}
+	err := l.open()
+	if err == nil && l.alarm != "" {
+		if err = l.write(auditRecord{Event: eventAuditBroken, Reason: l.alarm, Suppressed: l.lost}); err == nil {
 			l.alarm, l.lost = "", 0
 		}
 	}
@@ -213,60 +175,43 @@ func (l *auditLog) record(r auditRecord) error {
 		err = l.write(r)
 	}
 	if err != nil {
-		l.lost++
+		l.alarm, l.lost = cmp.Or(l.alarm, "records could not be written, as many as suppressed says"), l.lost+1+r.Suppressed
 		return fmt.Errorf("the audit record %s was not written: %w", r.Event, err)
 	}
 	return nil
 }
 
-// ready looks whether the file is as the last write left it, and opens the one that is now at its path if not.
-func (l *auditLog) ready() error {
-	if l.f != nil && !l.info.Mode().IsRegular() {
-		return nil
-	}
-	now, err := os.Lstat(l.file)
-	if err == nil && l.f != nil && os.SameFile(now, l.info) && l.asLeft(now) {
-		return nil
-	}
-	return l.open()
+// asLeft compares file, size and time; a change back and forth that sets the time back as well is for verify to find.
+func (l *auditLog) asLeft(now os.FileInfo) bool {
+	return os.SameFile(now, l.info) && (!now.Mode().IsRegular() || now.Size() == l.size && now.ModTime().Equal(l.info.ModTime()))
 }
 
-// asLeft compares size and time; a change back and forth that sets the time back as well is for verify to find.
-func (l *auditLog) asLeft(now fs.FileInfo) bool {
-	return now.Size() == l.size && now.ModTime().Equal(l.info.ModTime())
-}
-
-// open opens the file at the path. A chain that is in memory goes on, whatever the file holds: an absent or empty file is what a rotation by
-// rename leaves; anything else than what was left there is a break. Else the chain is taken from the file's last line.
+// open opens the file that is now at the path, unless it is ours as the last write left it. A chain that is in memory goes on, whatever the file holds:
+// an absent or empty one is what a rotation by rename leaves, anything else is a break. Else the chain is taken from the file's end.
 func (l *auditLog) open() error {
-	f, info, err := openPlain(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE, false)
-	l.drop() // only now: until then a new file could not have the old one's inode number
-	if err != nil {
-		return err
+	if now, err := os.Lstat(l.file); err == nil && l.f != nil && l.asLeft(now) {
+		return nil
 	}
-	var end auditHead
-	prev, unended := noPrev, false
-	if info.Mode().IsRegular() {
-		var locked bool
-		if locked, err = lockLog(f); err == nil && !locked {
-			err = fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file)
-		} else if err == nil {
-			end, prev, unended, err = auditEnd(f, info.Size())
+	f, info, err := openPlain(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE, false)
+	l.f.Close() // only now: until then a new file could not have the old one's inode number
+	l.f = nil
+	if err == nil && info.Mode().IsRegular() {
+		if locked, bad := lockLog(f); !locked {
+			err = cmp.Or(bad, fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file))
 		}
 	}
-	if err != nil && !(l.goOn && errors.Is(err, errNotAudit)) { // what was put in place of our log is told in it, whatever it is
+	if err == nil && l.info == nil {
+		l.last, l.prev, err = auditEnd(f, info.Size())
+	} else if err == nil && !l.asLeft(info) && (os.SameFile(info, l.info) || info.Size() > 0) {
+		l.alarm = fmt.Sprintf("the log was changed or replaced by somebody else: it had %d bytes and has %d", l.size, info.Size())
+	}
+	if err != nil {
 		f.Close()
 		return err
 	}
-	switch {
-	case !l.goOn:
-		l.last, l.prev = end, prev
-	case os.SameFile(info, l.info) && !l.asLeft(info):
-		l.alarm = fmt.Sprintf("the log was changed by somebody else: it had %d bytes and has %d", l.size, info.Size())
-	case !os.SameFile(info, l.info) && info.Size() > 0:
-		l.alarm = "another file that is not empty was put in place of the log"
-	}
-	l.f, l.info, l.size, l.unended, l.goOn = f, info, info.Size(), unended, true
+	end := []byte("\n")
+	f.ReadAt(end, info.Size()-1) // of an empty file nothing is read
+	l.f, l.info, l.size, l.unended = f, info, info.Size(), end[0] != '\n'
 	return nil
 }
 
@@ -279,28 +224,25 @@ func (l *auditLog) write(r auditRecord) error {
 	if l.unended {
 		l.buf.WriteByte('\n')
 	}
-	if err := l.enc.Encode(r); err != nil {
+	enc := json.NewEncoder(&l.buf)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(&r); err != nil {
 		return err
 	}
 	data := escapeAudit(l.buf.Bytes())
 	if len(data) > maxAuditLine {
 		return fmt.Errorf("a record of %d bytes is too long", len(data))
 	}
-	regular := l.info.Mode().IsRegular()
-	if !regular {
-		l.f.SetWriteDeadline(time.Now().Add(auditPatience)) // what knows no deadlines does not wait
-	}
+	l.f.SetWriteDeadline(time.Now().Add(auditPatience)) // what knows no deadlines does not wait
 	n, err := l.f.Write(data)
-	switch {
-	case err == nil:
-		l.size, l.unended, l.prev = l.size+int64(n), false, auditDigest(bytes.Trim(data, "\n"))
+	if err != nil && l.f.Truncate(l.size) == nil {
+		n = 0
+	}
+	if n > 0 {
+		l.size, l.unended, l.prev = l.size+int64(n), err != nil, auditDigest(bytes.Trim(data[:n], "\n"))
+	}
+	if n >= len(data)-1 { // a line that only lacks its newline is read back as a record
 		l.last = auditHead{r.Seq, l.prev}
-	case !regular:
-		l.unended = l.unended || n > 0
-	case l.f.Truncate(l.size) != nil:
-		l.goOn = false // the file is opened and its end read back before the next record
-		l.drop()
-		return err
 	}
 	if info, bad := l.f.Stat(); bad == nil {
 		l.info = info
@@ -315,28 +257,28 @@ func (l *auditLog) clean(r *auditRecord) {
 		*s = cutText(l.redact(*s), maxAuditText)
 	}
 	r.Endpoint = cutText(r.Endpoint, maxAuditEndpoint)
-	limit := maxAuditLine // none: what may run was held to 128 KiB before
-	if r.Event == eventExecDenied {
-		limit = maxAuditText
-	}
-	r.Argv, r.OriginalArgv = l.cleanArgv(r.Argv, limit), l.cleanArgv(r.OriginalArgv, limit)
-}
-
-func (l *auditLog) cleanArgv(argv []string, limit int) (out []string) {
-	for _, a := range argv {
-		if a = l.redact(a); len(a) >= limit { // >=: an argument counts one byte more, or a million empty ones were free
-			return append(out, cutText(a+"…", limit))
+	for _, argv := range []*[]string{&r.Argv, &r.OriginalArgv} {
+		left := maxAuditLine // no limit: what may run was held to 128 KiB before
+		if r.Event == "exec_denied" {
+			left = maxAuditText
 		}
-		out, limit = append(out, a), limit-len(a)-1
+		var out []string
+		for _, a := range *argv {
+			if a = l.redact(a); len(a) >= left { // >=: an argument counts one byte more, or a million empty ones were free
+				out = append(out, cutText(a+"…", left))
+				break
+			}
+			out, left = append(out, a), left-len(a)-1
+		}
+		*argv = out
 	}
-	return out
 }
 
 func (l *auditLog) redact(s string) string {
-	if s == "" || l.key == nil {
-		return strings.ToValidUTF8(s, "\uFFFD")
+	if s = strings.ToValidUTF8(s, "\uFFFD"); l.key != nil {
+		s = l.key.redact(s)
 	}
-	return l.key.redact(strings.ToValidUTF8(s, "\uFFFD"))
+	return s
 }
 
 // cutText cuts s to at most limit bytes, between characters, and marks the cut.
@@ -352,24 +294,12 @@ func escapeAudit(data []byte) []byte {
 	if !slices.ContainsFunc(data, func(b byte) bool { return b < ' ' && b != '\n' || b >= 0x7f }) {
 		return data // nearly every record
 	}
-	out := make([]byte, 0, 2*len(data))
-	for _, r := range string(data) {
-		if !unsafeRune(r) {
-			out = utf8.AppendRune(out, r)
-			continue
+	return auditUnsafe.ReplaceAllFunc(data, func(char []byte) (out []byte) {
+		for _, unit := range utf16.Encode([]rune(string(char))) {
+			out = fmt.Appendf(out, `\u%04x`, unit)
 		}
-		for _, u := range utf16.Encode([]rune{r}) {
-			out = fmt.Appendf(out, `\u%04x`, u)
-		}
-	}
-	return out
-}
-
-func unsafeRune(r rune) bool {
-	if r >= ' ' && r < 0x7f || r == '\n' { // a newline only ever ends a record
-		return false
-	}
-	return r == utf8.RuneError || unicode.In(r, unicode.Cc, unicode.Cf, unicode.Zl, unicode.Zp)
+		return out
+	})
 }
 
 func auditDigest(line []byte) string {
@@ -378,23 +308,19 @@ func auditDigest(line []byte) string {
 }
 
 // openPlain opens a file never through a link, never waiting, and never making it our terminal (open(2)).
-func openPlain(file string, flags int, regular bool) (*os.File, fs.FileInfo, error) {
-	f, err := os.OpenFile(file, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0o600)
+func openPlain(file string, flags int, regular bool) (f *os.File, info os.FileInfo, err error) {
+	if f, err = os.OpenFile(file, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0o600); err == nil {
+		info, err = f.Stat()
+	}
 	if errors.Is(err, syscall.ELOOP) {
 		err = fmt.Errorf("%q is a symbolic link: name the file itself", file)
-	}
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := f.Stat()
-	if err == nil && regular && !info.Mode().IsRegular() {
+	} else if err == nil && regular && !info.Mode().IsRegular() {
 		err = fmt.Errorf("%q is not a regular file: name another", file)
 	}
 	if err != nil {
 		f.Close()
-		return nil, nil, err
 	}
-	return f, info, nil
+	return f, info, err
 }
 
 // openAppend opens a regular file (created 0600) for append, never through a link: for the server's own log.
@@ -411,51 +337,52 @@ type auditLine struct {
 }
 
 func parseAuditLine(line []byte) (a auditLine) {
-	line = bytes.TrimSuffix(line, newline)
+	line = bytes.TrimSuffix(line, []byte("\n"))
 	err := json.Unmarshal(line, &a.Record)
 	a.Raw, a.Torn = string(escapeAudit(line)), err != nil || a.Record.Seq == 0 || len(a.Record.Prev) != len(noPrev)
 	return a
 }
 
-// lastLines reads the last n lines (or fewer: no more than maxAuditTail bytes), each with its newline but perhaps the last.
-func lastLines(f *os.File, size int64, n int) ([][]byte, error) {
-	n = max(n, 0)
-	for window := int64(64 << 10); ; window *= 4 {
-		window = min(window, size, maxAuditTail)
-		data := make([]byte, window)
-		got, err := f.ReadAt(data, size-window)
-		if err != nil && err != io.EOF {
-			return nil, err
+// auditLines reads the lines of a log from an offset on, each with its newline but perhaps the last.
+func auditLines(f *os.File, at int64) *bufio.Scanner {
+	s := bufio.NewScanner(io.NewSectionReader(f, at, 1<<62))
+	s.Buffer(nil, maxAuditLine)
+	s.Split(func(data []byte, atEOF bool) (int, []byte, error) {
+		n, line, err := bufio.ScanLines(data, atEOF)
+		if line != nil {
+			line = data[:n] // the digest wants what ScanLines trims
 		}
-		lines := slices.Collect(bytes.Lines(data[:got]))
-		if window < size && len(lines) > 0 {
-			lines = lines[1:] // most likely not whole
-		}
-		if len(lines) >= n || window == size || window == maxAuditTail {
-			return lines[max(0, len(lines)-n):], nil
-		}
-	}
+		return n, line, err
+	})
+	return s
 }
 
-// auditEnd reads where a chain ends: its last record, the digest that the next one refers to, and whether the last line lacks its newline.
-func auditEnd(f *os.File, size int64) (last auditHead, prev string, unended bool, err error) {
+// lastLines reads the last n lines of a file, or those that maxAuditTail bytes hold.
+func lastLines(f *os.File, size int64, n int) ([][]byte, error) {
+	data := make([]byte, min(size, maxAuditTail))
+	_, err := f.ReadAt(data, size-int64(len(data)))
+	lines := slices.Collect(bytes.Lines(data))
+	if size > maxAuditTail {
+		lines = lines[1:] // most likely not whole
+	}
+	return lines[max(0, len(lines)-max(0, n)):], err
+}
+
+// auditEnd reads where a chain ends: its last record, and the digest that the next one refers to.
+func auditEnd(f *os.File, size int64) (auditHead, string, error) {
+	rep := auditReport{prev: noPrev}
 	lines, err := lastLines(f, size, auditTornRun)
-	prev = noPrev
 	for _, line := range lines {
-		line, ended := bytes.CutSuffix(line, newline)
-		if a := parseAuditLine(line); !a.Torn {
-			prev = auditDigest(line)
-			last = auditHead{a.Record.Seq, prev}
-		} else if !ended { // a crash leaves it without its newline; any other line that is no record is left uncovered, for verify to find
-			prev = auditDigest(line)
-		}
-		unended = !ended
+		rep.take(line, nil)
+	}
+	if rep.uncovered { // a crash leaves no newline: what is no record and has one is left for verify to find
+		rep.prev = cmp.Or(rep.Head.Digest, noPrev)
 	}
 	// A crash may leave one torn record and nothing else; any other file without a record is none of ours.
-	if err == nil && size > 0 && last.Seq == 0 && !(len(lines) == 1 && bytes.HasPrefix(lines[0], []byte(`{"seq":`))) {
-		err = fmt.Errorf("%q %w: move it away, or name another file in audit.file", f.Name(), errNotAudit)
+	if err == nil && size > 0 && rep.Records == 0 && !(len(lines) == 1 && bytes.HasPrefix(lines[0], []byte(`{"seq":`))) {
+		err = fmt.Errorf("%q is not an audit log: move it away, or name another file in audit.file", f.Name())
 	}
-	return last, prev, unended, err
+	return rep.Head, rep.prev, err
 }
 
 // tailAudit gives the last n lines of the log, without one that has no end yet.
@@ -475,20 +402,16 @@ func followAudit(ctx context.Context, file string, n int, emit func(auditLine)) 
 	}
 	defer func() { f.Close() }()
 	lines, err := lastLines(f, info.Size(), n)
-	at := info.Size()
-	for _, line := range lines {
-		at -= int64(len(line))
-	}
-	r := bufio.NewReaderSize(nil, maxAuditLine)
-	tick := time.NewTicker(auditPoll)
-	defer tick.Stop()
-	for err == nil {
+	at := info.Size() - int64(len(bytes.Join(lines, nil)))
+	for tick := time.Tick(auditPoll); err == nil; {
 		now, gone := os.Lstat(file) // gone: between rename and creation
-		rotated := gone == nil && !os.SameFile(now, info)
-		if gone == nil && !rotated && now.Size() < at {
-			at = 0
+		anew := gone == nil && (!os.SameFile(now, info) || now.Size() < at)
+		s := auditLines(f, at)
+		for s.Scan() && bytes.HasSuffix(s.Bytes(), []byte("\n")) {
+			emit(parseAuditLine(s.Bytes()))
+			at += int64(len(s.Bytes()))
 		}
-		if at, err = emitFrom(r, f, at, emit); err == nil && rotated {
+		if err = s.Err(); err == nil && anew {
 			f.Close()
 			f, info, err = openPlain(file, os.O_RDONLY, true)
 			at = 0
@@ -496,28 +419,13 @@ func followAudit(ctx context.Context, file string, n int, emit func(auditLine)) 
 		select {
 		case <-ctx.Done():
 			return err
-		case <-tick.C:
+		case <-tick:
 		}
 	}
 	return err
 }
 
-// emitFrom hands over the whole lines from an offset on, and returns the offset behind them.
-func emitFrom(r *bufio.Reader, f *os.File, at int64, emit func(auditLine)) (int64, error) {
-	r.Reset(io.NewSectionReader(f, at, math.MaxInt64-at))
-	for {
-		line, err := r.ReadSlice('\n')
-		if err == io.EOF {
-			return at, nil // what is left has no end yet
-		} else if err != nil {
-			return at, err
-		}
-		emit(parseAuditLine(line))
-		at += int64(len(line))
-	}
-}
-
-// auditReport is what verify found.
+// auditReport is what was found in a chain.
 type auditReport struct {
 	Records int
 	Begins  uint64 // seq of the first record: not 1 in a rotated file
@@ -529,67 +437,60 @@ type auditReport struct {
 
 	lines            int
 	prev             string // digest of the line before
-	found, uncovered bool   // the known head; a whole line that is no record and that no record covers yet
+	found, uncovered bool   // the known head; a line before that is whole, no record, and covered by none
+}
+
+// take reads the next line. With want, no other record may stand in that one's place.
+func (rep *auditReport) take(line []byte, want *auditHead) {
+	line, ended := bytes.CutSuffix(line, []byte("\n"))
+	a, prev := parseAuditLine(line), rep.prev
+	r, head := a.Record, auditHead{a.Record.Seq, auditDigest(line)}
+	rep.lines, rep.prev, rep.uncovered = rep.lines+1, head.Digest, a.Torn && ended
+	if a.Torn {
+		rep.Torn++
+		return
+	}
+	switch {
+	case r.Prev != prev && (rep.lines > 1 || r.Seq == 1): // the first line of a rotated file follows from the old file
+		rep.Why = "it does not follow from the line before: that one was changed, or lines were removed, added or moved"
+	case rep.Records > 0 && r.Seq != rep.Head.Seq+1:
+		rep.Why = fmt.Sprintf("it is record %d and follows record %d", r.Seq, rep.Head.Seq)
+	case want != nil && r.Seq == want.Seq && head != *want:
+		rep.Why = fmt.Sprintf("it is record %d, but not the one of the known head", r.Seq)
+	}
+	rep.found = rep.found || want != nil && (*want == head || *want == auditHead{r.Seq - 1, r.Prev})
+	rep.Head, rep.Records = head, rep.Records+1
+	rep.Begins = cmp.Or(rep.Begins, r.Seq)
+	if r.Event == eventAuditBroken {
+		rep.Alarms++
+	}
 }
 
 // verifyAudit reads a whole log, a line at a time. With want, that record must be in it, or be the one before its first.
-func verifyAudit(file string, want *auditHead) (rep auditReport, err error) {
+func verifyAudit(file string, want *auditHead) (auditReport, error) {
+	rep := auditReport{prev: noPrev}
 	f, _, err := openPlain(file, os.O_RDONLY, true)
 	if err != nil {
 		return rep, err
 	}
 	defer f.Close()
-	r := bufio.NewReaderSize(f, maxAuditLine)
-	for err == nil && rep.Why == "" {
-		var line []byte
-		if line, err = r.ReadSlice('\n'); len(line) > 0 {
-			rep.Why = rep.step(line, want)
-		}
+	s := auditLines(f, 0)
+	for rep.Why == "" && s.Scan() {
+		rep.take(s.Bytes(), want)
 	}
-	switch {
-	case errors.Is(err, bufio.ErrBufferFull):
-		rep.Why = "it is longer than any record"
+	switch err = s.Err(); {
 	case rep.Why != "":
-	case err != io.EOF:
+	case err == bufio.ErrTooLong:
+		rep.lines, rep.Why = rep.lines+1, "it is longer than any record"
+	case err != nil:
 		return rep, err
 	case rep.uncovered:
 		rep.Why = "it is not a record, and no later one covers it"
 	case want != nil && !rep.found:
-		rep.lines, rep.Why = max(rep.lines, 1), fmt.Sprintf("the log holds records %d to %d, and the known head %s is not among them", rep.Begins, rep.Head.Seq, want)
+		rep.Why = fmt.Sprintf("the log holds records %d to %d, and the known head %s is not among them", rep.Begins, rep.Head.Seq, want)
 	}
 	if rep.Why != "" {
-		rep.Broken = rep.lines
+		rep.Broken = max(rep.lines, 1)
 	}
 	return rep, nil
-}
-
-// step takes the next line, and says what is wrong with it.
-func (rep *auditReport) step(line []byte, want *auditHead) string {
-	line, ended := bytes.CutSuffix(line, newline)
-	a, prev, digest := parseAuditLine(line), rep.prev, auditDigest(line)
-	r := a.Record
-	rep.lines, rep.prev, rep.uncovered = rep.lines+1, digest, a.Torn && ended
-	switch {
-	case a.Torn:
-		rep.Torn++
-		return ""
-	case rep.lines == 1 && r.Seq == 1 && r.Prev != noPrev:
-		return "it is the first record, and yet says that others came before"
-	case rep.lines > 1 && r.Prev != prev:
-		return "it does not follow from the line before: that one was changed, or lines were removed, added or moved"
-	case rep.Records > 0 && r.Seq != rep.Head.Seq+1:
-		return fmt.Sprintf("it is record %d and follows record %d", r.Seq, rep.Head.Seq)
-	case want != nil && r.Seq == want.Seq && digest != want.Digest:
-		return fmt.Sprintf("it is record %d, but not the one of the known head", r.Seq)
-	}
-	if rep.Records++; rep.Records == 1 {
-		rep.Begins = r.Seq
-		rep.found = want != nil && want.Seq+1 == r.Seq && want.Digest == r.Prev
-	}
-	rep.Head = auditHead{r.Seq, digest}
-	rep.found = rep.found || want != nil && *want == rep.Head
-	if r.Event == eventAuditBroken {
-		rep.Alarms++
-	}
-	return ""
 }

@@ -540,9 +540,11 @@ func TestAuditFIFO(t *testing.T) {
 	}
 	defer r.Close()
 	var got []auditLine
+	var data []byte
 	read := make(chan error)
 	go func() {
-		data, err := io.ReadAll(r)
+		var err error
+		data, err = io.ReadAll(r)
 		for line := range bytes.Lines(data) {
 			got = append(got, parseAuditLine(line))
 		}
@@ -557,6 +559,10 @@ func TestAuditFIFO(t *testing.T) {
 	last := len(got) - 1
 	if got[last].Record.Event != "exec_end" || got[last-1].Record.Event != "audit_broken" || got[last].Record.Seq != uint64(n+1) {
 		t.Errorf("after %d records the reader got %s and %s", n, got[last-1].Raw, got[last].Raw)
+	}
+	writeTestFile(t, fifo+".copy", string(data))
+	if rep := wantChain(t, fifo+".copy"); rep.Head != l.head() { // what a full pipe tore is covered
+		t.Errorf("%+v, head %v", rep, l.head())
 	}
 }
 
@@ -629,7 +635,7 @@ func TestAuditClockJumps(t *testing.T) {
 	for _, year := range []int{2026, 1970, 2999, 2025} {
 		l.now = func() time.Time { return time.Date(year, 1, 2, 3, 4, 5, 6, time.UTC) }
 		appendAudit(t, l, fmt.Sprint(year))
-		if err := l.authFailed(auditRecord{}); err != nil {
+		if err := l.append(auditRecord{Event: "auth_failed"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -646,7 +652,7 @@ func TestAuditAuthFailuresAreFew(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 100 {
-				if err := l.authFailed(auditRecord{SourceIP: "192.0.2.1"}); err != nil {
+				if err := l.append(auditRecord{Event: "auth_failed", SourceIP: "192.0.2.1"}); err != nil {
 					t.Error(err)
 				}
 			}
@@ -655,7 +661,7 @@ func TestAuditAuthFailuresAreFew(t *testing.T) {
 	wg.Wait()
 	clock = clock.Add(time.Second)
 	for range 2 {
-		if err := l.authFailed(auditRecord{}); err != nil {
+		if err := l.append(auditRecord{Event: "auth_failed"}); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -726,7 +732,7 @@ func TestAuditDisabled(t *testing.T) {
 		t.Fatal(err)
 	}
 	appendAudit(t, l, "one")
-	if err := l.authFailed(auditRecord{}); err != nil {
+	if err := l.append(auditRecord{Event: "auth_failed"}); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(file); err == nil || l.head() != (auditHead{}) {

@@ -579,7 +579,7 @@ func (c *call) findKey() {
 }
 
 func (c *call) unauthorized() *apiError {
-	if err := c.s.audit.authFailed(c.record("auth_failed")); err != nil {
+	if err := c.s.audit.append(c.record("auth_failed")); err != nil {
 		c.s.log.Printf("cannot record auth_failed: %v", err)
 	}
 	c.Header().Set("WWW-Authenticate", `Bearer realm="agent-exec"`)
