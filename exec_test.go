@@ -655,3 +655,86 @@ func BenchmarkRun(b *testing.B) {
 		})
 	}
 }
+
+// TestOtherUser: a command of another user has that user's ids and groups, and no way to the server or its files.
+func TestOtherUser(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	secret := filepath.Join(t.TempDir(), ".env")
+	if err := os.WriteFile(secret, []byte("secret"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	script := fmt.Sprintf(`id -u; id -g; id -G; cat %s; kill -0 %d; kill -STOP %[2]d; prlimit --pid %[2]d --nofile=10; cat /proc/%[2]d/environ; ulimit -n`, secret, os.Getpid())
+	for _, limits := range []rlimits{{}, {OpenFiles: 77}} {
+		c := testCommand("sh", "-c", script)
+		c.cred = &credential{Uid: 65533, Gid: 65532, Groups: []uint32{65532, 65531}}
+		c.limits = limits
+		o := theRunner(t).run(t.Context(), c)
+		if got := o.stdout.String(); !strings.HasPrefix(got, "65533\n65532\n65532 65531\n") || strings.Contains(got, "secret") {
+			t.Errorf("limits %v: %q, %q, %v", limits, got, o.stderr, o.err)
+		} else if limits.OpenFiles != 0 && !strings.HasSuffix(got, "\n77\n") {
+			t.Errorf("limits %v: %q", limits, got)
+		}
+		if refusals := strings.Count(o.stderr.String(), "ermi"); refusals < 5 { // "not permitted", "Permission denied"
+			t.Errorf("%d refusals in %q", refusals, o.stderr)
+		}
+	}
+	w := newWitness(t)
+	c := testCommand("sh", "-c", "exec 7>"+w.path+"; echo x >&7; setsid sleep 1000 & setsid sleep 1000 & exit 0")
+	c.cred = &credential{Uid: 65533, Gid: 65532}
+	theRunner(t).run(t.Context(), c)
+	if w.gone(t) == "" {
+		t.Error("the command never began")
+	}
+}
+
+// TestNoTerminal: a server on a terminal, in the foreground, gives none of it to its commands.
+func TestNoTerminal(t *testing.T) {
+	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Skip("no pseudo-terminals: ", err)
+	}
+	defer master.Close()
+	n, err := unix.IoctlGetInt(int(master.Fd()), unix.TIOCGPTN)
+	if err == nil {
+		err = unix.IoctlSetPointerInt(int(master.Fd()), unix.TIOCSPTLCK, 0)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	slave, err := os.OpenFile(fmt.Sprintf("/dev/pts/%d", n), os.O_RDWR|syscall.O_NOCTTY, 0)
+	if err != nil {
+		t.Skip("no pseudo-terminals here: ", err)
+	}
+	defer slave.Close()
+	for _, with := range []string{"terminal", "command"} {
+		cmd := helperCommand(t, "on-a-terminal", with)
+		var out strings.Builder
+		cmd.Stdin, cmd.Stdout, cmd.Stderr = slave, &out, os.Stderr
+		cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true, Setctty: true, Ctty: 0}
+		if err := cmd.Run(); err != nil {
+			t.Fatal(err)
+		}
+		if want := map[string]string{"terminal": "opened", "command": "refused"}[with]; out.String() != want {
+			t.Errorf("/dev/tty from the %s: %q, want %q", with, out.String(), want)
+		}
+	}
+}
+
+func init() {
+	helpers["on-a-terminal"] = func() {
+		if os.Args[1] == "terminal" { // the test's own premise
+			if _, err := os.OpenFile("/dev/tty", os.O_RDWR, 0); err == nil {
+				fmt.Print("opened")
+			}
+			return
+		}
+		r, err := newRunner("terminal")
+		if err != nil {
+			fmt.Print(err)
+			return
+		}
+		fmt.Print(r.run(context.Background(), testCommand("sh", "-c", "(: </dev/tty) 2>/dev/null && printf opened || printf refused")).stdout)
+	}
+}
