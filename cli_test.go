@@ -435,7 +435,7 @@ func TestCLIShareOnATerminal(t *testing.T) {
 		}
 	}
 	q := (&cliPlay{outTerm: true}).run("share", "--show-key", "--safe")
-	if q.code != 0 || q.out.String() != line+prompt+safetyNotes+line || strings.Contains(q.err.String(), "show it?") {
+	if q.code != 0 || q.out.String() != line+prompt+"\n"+helpText("safety notes")+line || strings.Contains(q.err.String(), "show it?") {
 		t.Errorf("--show-key: %s%s", &q.out, &q.err)
 	}
 	new(cliPlay).run("share", "--ip", "[2001:db8::1]").want(t, 0, "\nhttp://[2001:db8::1]:3333/SKILL.md\n", "not running")

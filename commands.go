@@ -14,6 +14,8 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"net/netip"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -43,50 +45,46 @@ func cliSetup(t *terminal) error {
 	return t.say("\nagents may run what %q allows: in a new setup, aexec --version\nnext: aexec start, then aexec share", t.paths.settings)
 }
 
-// startFlags reads the flags of start and restart, and writes them anew for a server in the background.
-func (t *terminal) startFlags() (f startupFlags, args []string, err error) {
-	if f.host = t.text("host"); t.on("public") {
-		if f.host != "" {
-			return f, nil, usageError("--public and --host exclude each other")
-		}
+func (t *terminal) startFlags() (f startupFlags, err error) {
+	f.host, f.portSet = t.flags["host"], t.flags["port"] != ""
+	if t.on("public") && f.host != "" {
+		return f, usageError("--public and --host exclude each other")
+	} else if t.on("public") {
 		f.host = "0.0.0.0"
 	}
-	if f.host != "" {
-		args = append(args, "--host", f.host)
-	}
 	f.port, err = t.number("port", 0, maxPort, 0)
-	if f.portSet = t.text("port") != ""; f.portSet {
-		args = append(args, "--port", t.text("port"))
-	}
-	return f, args, err
+	return f, err
 }
 
 func cliStart(t *terminal) error {
-	f, args, err := t.startFlags()
+	f, err := t.startFlags()
 	if err != nil {
 		return err
 	}
-	return t.launch(f, args, "")
+	return t.launch(f, "")
 }
 
 // launch starts the server. before is the address of the one that it replaces, or "".
-func (t *terminal) launch(f startupFlags, args []string, before string) error {
+func (t *terminal) launch(f startupFlags, before string) (err error) {
 	if t.on("f") {
+		t.server = serverInfo{}
+		t.sayMove(before)
 		return serve(serveOptions{f, log.New(t.err, "", log.LstdFlags)})
 	}
-	info, err := startBackground(t.paths, args)
-	if err != nil {
+	args := []string{"--host=" + f.host, "--port=" + t.flags["port"]} // empty is as if not given
+	if t.server, err = startBackground(t.paths, args); err != nil {
 		return err
 	}
-	for _, w := range t.warnings(info.Address) {
-		t.warn("%s", w)
+	t.running = true
+	for _, w := range t.warnings() {
+		t.warnIf(true, "%s", w)
 	}
-	t.sayMove(before, info.Address)
-	return t.say("started: http://%s, pid %d", info.Address, info.Pid)
+	t.sayMove(before)
+	return t.say("started: http://%s, pid %d", t.server.Address, t.server.Pid)
 }
 
-func (t *terminal) sayMove(before, now string) {
-	if before != "" && before != now {
+func (t *terminal) sayMove(before string) {
+	if now := t.address(); before != "" && before != now {
 		t.say("the address changes from http://%s to http://%s", before, now)
 	}
 }
@@ -115,7 +113,7 @@ func (t *terminal) stop() (was bool, err error) {
 	}
 	info, was, err := stopServer(t.paths, wait)
 	if err != nil && was && t.on("force") {
-		t.warn("pid %d does not stop, and is killed: %v", info.Pid, err)
+		t.warnIf(true, "pid %d does not stop, and is killed: %v", info.Pid, err)
 		err = killProcess(process{Pid: info.Pid, holds: func() bool {
 			now, running, err := findServer(t.paths)
 			return err == nil && running && now.Pid == info.Pid
@@ -145,39 +143,36 @@ func (t *terminal) freePort(port int, must bool) error {
 // cliRestart stops nothing before it knows that what is on disk can start again, and that nobody else has the port. (Whose
 // port it is cannot always be seen; then it is the start that fails.)
 func cliRestart(t *terminal) error {
-	f, args, err := t.startFlags()
+	f, err := t.startFlags()
 	if err != nil {
 		return err
 	}
-	before, _, err := findServer(t.paths)
-	if err != nil {
-		return err
+	t.start, err = loadStartup(t.paths, f)
+	err = errors.Join(err, t.settingsErr)
+	for _, p := range t.problems {
+		if !p.Warning {
+			err = errors.Join(err, errors.New(problemText(p)))
+		}
 	}
-	start, err := loadStartup(t.paths, f)
-	err = errors.Join(err, t.startErrors())
-	if _, port, _ := net.SplitHostPort(before.Address); err == nil && start.port > 0 && port != strconv.Itoa(start.port) && !t.on("force") {
-		holders, _ := portHolders(t.paths, start.port)
+	before, port := t.server, t.start.port
+	if err == nil && port > 0 && port != before.port() && !t.on("force") {
+		holders, _ := portHolders(t.paths, port)
 		for _, h := range holders {
-			err = fmt.Errorf("pid %d, %q, listens on port %d\nhint: aexec restart --force kills it", h.Pid, h.Name, start.port)
+			err = fmt.Errorf("pid %d, %q, listens on port %d\nhint: aexec restart --force kills it", h.Pid, h.Name, port)
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("nothing was stopped, for it could not start again: %w", err)
 	}
 	was, err := t.stop()
-	if err == nil && !was {
-		t.warn("no server was running")
-	}
-	if err == nil && t.on("force") && start.port > 0 {
-		err = t.freePort(start.port, false)
+	t.warnIf(err == nil && !was, "no server was running")
+	if err == nil && t.on("force") && port > 0 {
+		err = t.freePort(port, false)
 	}
 	if err != nil {
 		return err
 	}
-	if t.start = start; t.on("f") {
-		t.sayMove(before.Address, t.address(serverInfo{}))
-	}
-	return t.launch(f, args, before.Address)
+	return t.launch(f, before.Address)
 }
 
 func cliKeyRotate(t *terminal) error {
@@ -186,10 +181,10 @@ func cliKeyRotate(t *terminal) error {
 		return err
 	}
 	t.say("a new key is in %q; aexec share prints it", t.env)
-	if start, err := loadStartup(t.paths, startupFlags{}); err == nil && start.key.id() != key.id() {
-		t.warn("API_KEY in the environment goes before .env: change it there too")
-	}
-	if _, running, err := findServer(t.paths); err != nil || !running {
+	start, err := loadStartup(t.paths, startupFlags{})
+	t.warnIf(err == nil && start.key.id() != key.id(), "API_KEY in the environment goes before .env: change it there too")
+	t.server, t.running, err = findServer(t.paths)
+	if err != nil || !t.running {
 		return err
 	}
 	if t.on("restart") {
@@ -200,35 +195,47 @@ func cliKeyRotate(t *terminal) error {
 
 // ---- what runs, and what is configured
 
+// fact is one line of status, or one for each text of a list.
+type fact struct {
+	name  string
+	value any
+}
+
 func cliStatus(t *terminal) error {
-	info, running, err := findServer(t.paths)
-	if err != nil {
-		return err
-	}
-	facts := []fact{{"running", running}}
-	if running {
-		code, _, err := probeServer(reachable(info.Address), "/ping", nil)
-		facts = append(facts, fact{"answers", err == nil && code == http.StatusOK}, fact{"pid", info.Pid}, fact{"address", info.Address}, fact{"version", info.Version},
-			fact{"started", info.Started.Format(time.RFC3339)}, fact{"uptime", time.Since(info.Started).Round(time.Second).String()}, fact{"needsRestart", append([]string{}, t.changed(info)...)})
-	}
-	facts = append(facts, t.facts(t.address(info))...)
-	object := map[string]any{}
+	facts := append(t.serverFacts(), t.diskFacts()...)
+	object := map[string]any{"running": t.running, "directory": t.dir}
 	for _, f := range facts {
 		object[f.name] = f.value
 	}
-	return exitIf(!running, 3, t.show(object, func(w io.Writer) {
-		if !running {
-			fmt.Fprintln(w, "not running\thint: aexec start")
-			facts = facts[1:]
-		}
+	return t.show(!t.running, 3, object, func(w io.Writer) {
+		fmt.Fprintf(w, "%s\ndirectory\t%q\n", pick(t.running, "running", "not running\thint: aexec start"), t.dir)
 		for _, f := range facts {
-			f.print(w)
+			texts, isList := f.value.([]string)
+			if !isList {
+				texts = []string{cmp.Or(fmt.Sprint(f.value), "none")}
+			}
+			label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(f.name, " $0"))
+			for _, text := range texts {
+				fmt.Fprintf(w, "%s\t%s\n", label, strings.ReplaceAll(text, "\n", "; "))
+			}
 		}
-	}))
+	})
 }
 
-// facts is what lies on disk, and what is wrong with it.
-func (s *state) facts(address string) []fact {
+func (s *state) serverFacts() []fact {
+	if !s.running {
+		return nil
+	}
+	info := s.server
+	host, port, _ := net.SplitHostPort(info.Address)
+	code, _, err := probeServer(net.JoinHostPort(reachable(host), port), "/ping", nil)
+	return []fact{{"answers", err == nil && code == http.StatusOK}, {"pid", info.Pid}, {"address", info.Address}, {"version", info.Version},
+		{"started", info.Started.Format(time.RFC3339)}, {"uptime", time.Since(info.Started).Round(time.Second).String()},
+		{"needsRestart", append([]string{}, s.changed()...)}}
+}
+
+// diskFacts is what lies on disk, and what is wrong with it.
+func (s *state) diskFacts() []fact {
 	key, head := "", ""
 	if s.start.key != nil {
 		key = s.start.key.id()
@@ -246,8 +253,10 @@ func (s *state) facts(address string) []fact {
 	for _, p := range s.problems {
 		problems = append(problems, problemText(p))
 	}
-	return []fact{{"directory", quotedText(s.dir)}, {"enabled", s.start.enabled}, {"apiKey", key}, {"startup", validOr(s.startErr)}, {"settings", validOr(s.settingsErr)},
-		{"plugins", plugins}, {"pluginProblems", problems}, {"auditHead", head}, {"warnings", append([]string{}, s.warnings(address)...)}}
+	valid := errors.New("valid")
+	return []fact{{"enabled", s.start.enabled}, {"apiKey", key}, {"startup", cmp.Or(s.startErr, valid).Error()},
+		{"settings", cmp.Or(s.settingsErr, valid).Error()}, {"plugins", plugins}, {"pluginProblems", problems}, {"auditHead", head},
+		{"warnings", append([]string{}, s.warnings()...)}}
 }
 
 func cliConfig(t *terminal) error {
@@ -257,7 +266,7 @@ func cliConfig(t *terminal) error {
 	if t.settings != nil {
 		settings = t.settings.table()
 	}
-	return errors.Join(t.settingsErr, t.show(map[string]any{"files": files, "settings": settings}, func(w io.Writer) {
+	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, func(w io.Writer) {
 		for _, f := range files {
 			fmt.Fprintf(w, "%q\t%s\t%s\n", f.Path, cmp.Or(f.Mode, "missing"), f.Problem)
 		}
@@ -272,95 +281,86 @@ func cliConfig(t *terminal) error {
 // ---- handing out access
 
 func cliShare(t *terminal) error {
-	if t.text("ip") != "" && (t.on("local") || t.on("all")) || t.on("local") && t.on("all") {
+	ip, local, all := t.flags["ip"], t.on("local"), t.on("all")
+	bound, port, _ := net.SplitHostPort(t.address())
+	switch {
+	case ip != "" && (local || all) || local && all:
 		return usageError("--ip, --local and --all exclude each other")
+	case t.startErr != nil:
+		return t.startErr
+	case port == "0":
+		return errors.New("the server is not running, and with PORT 0 its address is not known before\nhint: aexec start")
 	}
-	info, running, err := findServer(t.paths)
-	if err = cmp.Or(t.startErr, err); err == nil && !running && t.start.port == 0 {
-		err = errors.New("the server is not running, and with PORT 0 its address is not known before\nhint: aexec start")
-	}
-	if err != nil {
-		return err
-	}
-	bound, port, _ := net.SplitHostPort(t.address(info))
-	hosts, err := shareHosts(bound, t.text("ip"), t.on("local"), t.on("all"))
+	hosts, err := shareHosts(bound, ip, local, all)
 	if err != nil {
 		return err
 	}
 	if t.on("check") {
 		return t.tryHosts(hosts, port)
 	}
-	t.shareWarnings(info, bound, port, hosts)
+	t.shareWarnings(bound, hosts)
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")
 	}
+	line := pick(t.outTerm, strings.Repeat("-", 60)+"\n", "")
 	for i, host := range hosts {
-		t.prompt("http://"+net.JoinHostPort(host, port), i > 0)
+		url := "http://" + net.JoinHostPort(host, port)
+		prompt := fmt.Sprintf("You have access to a machine through agent-exec.\nURL: %s\nAPI_KEY: %s\nStart here:\n%s/SKILL.md\n", url, t.start.key.text, url)
+		fmt.Fprint(t.out, pick(i > 0, "\n", ""), line, prompt, pick(t.on("safe"), "\n"+helpText("safety notes"), ""), line)
 	}
 	return nil
 }
 
-func (t *terminal) shareWarnings(info serverInfo, bound, port string, hosts []string) {
-	switch {
-	case info.Pid == 0:
-		t.warn("the server is not running; start it with: aexec start")
-	case slices.Contains(t.changed(info), "API_KEY"):
-		t.warn("the running server wants another key than the one in .env, until: aexec restart")
-	}
-	if !t.start.enabled {
-		t.warn("AGENT_EXEC_ENABLED is not true: every request is refused")
-	}
-	if t.settingsErr != nil {
-		t.warn("nothing is allowed: %v", t.settingsErr)
-	}
+func (t *terminal) shareWarnings(bound string, hosts []string) {
+	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
+	t.warnIf(slices.Contains(t.changed(), "API_KEY"), "the running server wants another key than the one in .env, until: aexec restart")
+	t.warnIf(!t.start.enabled, "AGENT_EXEC_ENABLED is not true: every request is refused")
+	t.warnIf(t.settingsErr != nil, "nothing is allowed: %v", t.settingsErr)
+	a, _ := netip.ParseAddr(bound)
 	for _, host := range hosts {
-		if isLoopback(bound) && host != bound {
-			t.warn("the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
-		}
+		t.warnIf(host != bound && (bound == "localhost" || a.Unmap().IsLoopback()),
+			"the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
 	}
-	for _, w := range t.warnings(net.JoinHostPort(bound, port)) {
-		t.warn("%s", w)
+	for _, w := range t.warnings() {
+		t.warnIf(true, "%s", w)
 	}
 }
 
 // tryHosts does what an agent would do first. The key goes only to where the guide was found.
-func (t *terminal) tryHosts(hosts []string, port string) error {
-	bad := false
+func (t *terminal) tryHosts(hosts []string, port string) (err error) {
 	for _, host := range hosts {
-		address := net.JoinHostPort(host, port)
-		problem := tryServer(address, "/SKILL.md", nil)
-		if problem == "" {
-			problem = tryServer(address, "/api/acl", t.start.key)
+		address, path := net.JoinHostPort(host, port), "/SKILL.md"
+		code, body, failed := probeServer(address, path, nil)
+		if failed == nil && code == http.StatusOK {
+			path = "/api/acl"
+			code, body, failed = probeServer(address, path, t.start.key)
 		}
-		t.say("http://%s: %s", address, cmp.Or(problem, "ok"))
-		bad = bad || problem != ""
+		says := fmt.Sprintf("%s was answered with %d, %.200q\nhint: aexec status", path, code, body)
+		switch {
+		case failed != nil:
+			says = fmt.Sprintf("%v\nhint: aexec status; is it bound to this address (--host, --public), and is a firewall between?", failed)
+		case code == http.StatusUnauthorized:
+			says = "it refuses the key in .env\nhint: aexec restart, if the key is newer than the server"
+		case code == http.StatusForbidden:
+			says = "it refuses this client's address\nhint: look at ip.allow and ip.deny in settings.json"
+		case code == http.StatusOK:
+			t.say("http://%s: ok", address)
+			continue
+		}
+		t.say("http://%s: %s", address, says)
+		err = exitStatus(1)
 	}
-	return exitIf(bad, 1, nil)
-}
-
-func tryServer(address, path string, key *apiKey) (problem string) {
-	code, body, err := probeServer(address, path, key)
-	if err != nil {
-		return fmt.Sprintf("%v\nhint: aexec status; is it bound to this address (--host, --public), and is a firewall between?", err)
-	}
-	switch code {
-	case http.StatusOK:
-		return ""
-	case http.StatusUnauthorized:
-		return "it refuses the key in .env\nhint: aexec restart, if the key is newer than the server"
-	case http.StatusForbidden:
-		return "it refuses this client's address\nhint: look at ip.allow and ip.deny in settings.json"
-	}
-	return fmt.Sprintf("%s was answered with %d, %.200q\nhint: aexec status", path, code, body)
+	return err
 }
 
 // ---- the policy
 
 func cliACLList(t *terminal) error {
 	rules := append([]listedRule{}, t.snap.policy.rules()...)
-	return t.show(rules, func(w io.Writer) {
+	return t.show(false, 0, rules, func(w io.Writer) {
 		for _, r := range rules {
-			fmt.Fprintf(w, "%s\t%s\t%s\n", r.List, quoteRule(r.Rule), r.Source)
+			rule, _ := r.Rule.MarshalJSON() // strings always marshal
+			fmt.Fprintf(w, "%s\t%s\t%s\n", r.List, rule, r.Source)
 		}
 		fmt.Fprintln(w, "deny\teverything else")
 	})
@@ -371,18 +371,18 @@ func cliACLCheck(t *terminal) error {
 		return err
 	}
 	_, d := t.snap.policy.decide(t.args)
-	return exitIf(!d.Allowed, 1, t.show(d, func(w io.Writer) {
+	return t.show(!d.Allowed, 1, d, func(w io.Writer) {
 		by := "no rule allows it"
 		if d.Rule != "" {
 			by = fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
 		}
-		fmt.Fprintf(w, "%s: %s: %s\n", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args, " "), by)
-	}))
+		fmt.Fprintf(w, "%s: %s: %s\n", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args), by)
+	})
 }
 
 func cliACLDoctor(t *terminal) error {
 	findings := append([]finding{}, t.snap.policy.lint()...)
-	return exitIf(t.on("strict") && len(findings) > 0, 1, t.show(findings, func(w io.Writer) {
+	return t.show(t.on("strict") && len(findings) > 0, 1, findings, func(w io.Writer) {
 		for _, f := range findings {
 			if f.Rule != "" {
 				fmt.Fprintf(w, "%s rule %q of %s: ", f.List, f.Rule, f.Source)
@@ -390,27 +390,26 @@ func cliACLDoctor(t *terminal) error {
 			fmt.Fprintf(w, "%s (%s)\n", f.Message, f.Code)
 		}
 		fmt.Fprintf(w, "%d found; a deny list is a seat belt, the allow list is the boundary\n", len(findings))
-	}))
+	})
 }
 
 // cliACLEdit adds or removes a rule. What begins like an array of strings must be one; `[ -f *` does not.
-func cliACLEdit(remove bool) func(t *terminal) error {
-	return func(t *terminal) error {
-		r, list := ruleSpec{Text: t.args[0]}, pick(t.on("deny"), "deny", "allow")
-		if strings.HasPrefix(r.Text, `["`) {
-			if err := json.Unmarshal([]byte(r.Text), &r.Argv); err != nil {
-				return usageError(fmt.Sprintf("%q is not a JSON array of strings: %v", r.Text, err))
-			}
-			r.Text = ""
+func cliACLEdit(t *terminal) error {
+	r, list, remove := ruleSpec{Text: t.args[0]}, pick(t.on("deny"), "deny", "allow"), t.command == "acl remove"
+	if strings.HasPrefix(r.Text, `["`) {
+		if err := json.Unmarshal([]byte(r.Text), &r.Argv); err != nil {
+			return usageError(fmt.Sprintf("%q is not a JSON array of strings: %v", r.Text, err))
 		}
-		if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
-			return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", quoteRule(r), why)
-		}
-		if err := editRules(t.paths, list, r, remove, t.pluginRules()); err != nil {
-			return err
-		}
-		return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, quoteRule(r))
+		r.Text = ""
 	}
+	rule, _ := r.MarshalJSON() // strings always marshal
+	if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
+		return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", rule, why)
+	}
+	if err := editRules(t.paths, list, r, remove, t.rules); err != nil {
+		return err
+	}
+	return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, rule)
 }
 
 // ---- the audit log
@@ -422,19 +421,17 @@ func cliAudit(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	show := t.sayRecord
-	if t.on("json") {
-		show = func(l auditLine) { t.say("%s", l.Raw) }
-	} else {
+	show := func(l auditLine) { t.say("%s", l.Raw) }
+	if !t.on("json") {
+		show = t.sayRecord
 		t.say(auditRow, "SEQ", "TIME", "EVENT", "DECISION", "EXIT", "DURATION", "IP", "COMMAND")
 	}
-	if t.on("f") {
-		return followAudit(context.Background(), t.auditFile(), n, show)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if !t.on("f") {
+		cancel() // what is there, and no more
 	}
-	lines, err := tailAudit(t.auditFile(), n)
-	for _, l := range lines {
-		show(l)
-	}
+	err = followAudit(ctx, t.auditFile(), n, show)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("nothing is recorded yet: %w\nhint: aexec start", err)
 	}
@@ -447,7 +444,7 @@ func (t *terminal) sayRecord(l auditLine) {
 		t.say("  torn: %q", l.Raw)
 		return
 	}
-	exit, took, what := r.Signal, "", quoteWords(r.Argv, " ")
+	exit, took, what := r.Signal, "", quoteWords(r.Argv)
 	if r.ExitCode != nil {
 		exit = strconv.Itoa(*r.ExitCode)
 	}
@@ -462,7 +459,7 @@ func (t *terminal) sayRecord(l auditLine) {
 
 func cliAuditVerify(t *terminal) error {
 	var want *auditHead
-	if text := t.text("head"); text != "" {
+	if text := t.flags["head"]; text != "" {
 		head, err := parseAuditHead(text)
 		if err != nil {
 			return usageError(err.Error())
@@ -477,25 +474,27 @@ func cliAuditVerify(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	t.say("ok: %d records", r.Records)
-	for _, note := range []struct {
-		count int
-		text  string
-	}{{int(r.Begins) - 1, "begins at %[2]d"}, {r.Torn, "torn lines, kept and covered: %[1]d"}, {r.Alarms, "alarms (audit_broken records): %[1]d"}} {
-		if note.count > 0 {
-			t.say(note.text, note.count, r.Begins)
-		}
+	said := fmt.Sprintf("ok: %d records\n", r.Records)
+	if r.Begins > 1 {
+		said += fmt.Sprintf("begins at %d\n", r.Begins)
 	}
-	return t.say("head %s", r.Head)
+	if r.Torn > 0 {
+		said += fmt.Sprintf("torn lines, kept and covered: %d\n", r.Torn)
+	}
+	if r.Alarms > 0 {
+		said += fmt.Sprintf("alarms (audit_broken records): %d\n", r.Alarms)
+	}
+	return t.say("%shead %s", said, r.Head)
 }
 
 // ---- plugins
 
 func cliPluginList(t *terminal) error {
 	infos := append([]*pluginInfo{}, surveyPlugins(t.paths, t.settings, true)...)
-	return t.show(infos, func(w io.Writer) {
+	return t.show(false, 0, infos, func(w io.Writer) {
 		for _, i := range infos {
-			fmt.Fprintf(w, "%q\t%s\t%s%s\t%q\t%q\n", i.Name, i.Type, pick(i.Enabled, "enabled", "disabled"), pick(i.usable(), "", ", broken"), i.Command, i.Description)
+			state := pick(i.Enabled, "enabled", "disabled") + pick(i.usable(), "", ", broken")
+			fmt.Fprintf(w, "%q\t%s\t%s\t%q\t%q\n", i.Name, i.Type, state, i.Command, i.Description)
 		}
 		if len(infos) == 0 {
 			fmt.Fprintln(w, "no plugins\thint: aexec plugin create --name NAME --command C")
@@ -503,84 +502,59 @@ func cliPluginList(t *terminal) error {
 	})
 }
 
-// pluginName is --name, which the plugin commands cannot do without.
-func (t *terminal) pluginName() (string, error) {
-	if t.text("name") == "" {
-		return "", usageError("--name is missing")
+func cliPluginEdit(t *terminal) (err error) {
+	name, done := t.flags["name"], ""
+	switch t.command {
+	case "plugin enable":
+		done, err = "enabled, from the next start on", enablePlugin(t.paths, t.settings, name)
+	case "plugin disable":
+		done, err = "disabled, at once; a restart unloads it for good", disablePlugin(t.paths, name)
+	case "plugin remove":
+		done, err = "removed; a restart unloads it for good", removePlugin(t.paths, t.settings, name)
 	}
-	return t.text("name"), nil
-}
-
-// cliPluginEdit is enable, disable and remove: edit changes the plugin, done says what that means.
-func cliPluginEdit(done string, edit func(p paths, s *settings, name string) error) func(t *terminal) error {
-	return func(t *terminal) error {
-		name, err := t.pluginName()
-		if err == nil {
-			err = edit(t.paths, t.settings, name)
-		}
-		if err != nil {
-			return err
-		}
-		return t.say("plugin %q: %s", name, done)
+	if err != nil {
+		return err
 	}
+	return t.say("plugin %q: %s", name, done)
 }
 
 func cliPluginDoctor(t *terminal) error {
 	problems := append([]pluginProblem{}, doctorPlugins(t.paths, t.settings)...)
 	bad := slices.ContainsFunc(problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
-	return exitIf(bad, 1, t.show(problems, func(w io.Writer) {
+	return t.show(bad, 1, problems, func(w io.Writer) {
 		for _, p := range problems {
 			fmt.Fprintln(w, problemText(p))
 		}
 		fmt.Fprintf(w, "%d found\n", len(problems))
-	}))
+	})
 }
 
-func cliPluginCreate(t *terminal) error {
-	name, err := t.pluginName()
-	if err == nil && t.text("command") == "" {
-		err = usageError("--command is missing")
-	}
-	if err != nil {
-		return err
-	}
+// cliPluginMake is plugin create and starterkit: each tool is asked about itself, and its settings are shown for review.
+func cliPluginMake(t *terminal) error {
 	r, err := newRunner(t.dir)
 	if err != nil {
 		return err
 	}
-	o := pluginOrder{Name: name, Command: t.text("command"), Type: cmp.Or(t.text("type"), "skill"), Force: t.on("force")}
-	made, err := createPlugin(t.paths, t.settings, o, false, toolProbe(context.Background(), r, t.snap))
-	if err == nil {
-		t.sayMade(made)
-		err = t.say("next: review its rules, then aexec restart")
-	}
-	return err
-}
-
-// sayMade tells what came of one tool, with the settings for review.
-func (t *terminal) sayMade(made pluginMade) {
-	t.say("%q: %s, asked for %s", made.Command, pick(made.Found, "found", "not found"), made.Took.Round(time.Millisecond))
-	if made.Settings != "" {
-		t.say("created the plugin %q in %q%s", made.Name, t.paths.plugins, pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made.Settings)))
-	}
-}
-
-func cliStarterKit(t *terminal) error {
-	r, err := newRunner(t.dir)
-	if err != nil {
-		return err
-	}
-	written, failed := 0, 0
-	starterKit(t.paths, t.settings, t.args, t.on("force"), toolProbe(context.Background(), r, t.snap), func(made pluginMade, err error) {
-		if err != nil {
-			failed++
-			fmt.Fprintf(t.err, "aexec: %q: %v\n", made.Name, err)
+	written := 0
+	progress := func(made pluginMade, failed error) {
+		if failed != nil {
+			fmt.Fprintf(t.err, "aexec: %q: %v\n", made.Name, failed)
+			err = exitStatus(1)
 			return
 		}
-		if t.sayMade(made); made.Settings != "" {
+		t.say("%q: %s, asked for %s", made.Command, pick(made.Found, "found", "not found"), made.Took.Round(time.Millisecond))
+		if made.Settings != "" {
 			written++
+			t.say("created the plugin %q in %q%s", made.Name, t.paths.plugins, pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made.Settings)))
 		}
-	})
+	}
+	probe := toolProbe(context.Background(), r, t.snap)
+	if t.command == "starterkit" {
+		starterKit(t.paths, t.settings, t.args, t.on("force"), probe, progress)
+	} else {
+		o := pluginOrder{t.flags["name"], t.flags["command"], cmp.Or(t.flags["type"], "skill"), t.on("force")}
+		progress(createPlugin(t.paths, t.settings, o, false, probe))
+	}
 	t.say("%d plugins made%s", written, pick(written > 0, "; review their rules, then: aexec restart", ""))
-	return exitIf(failed > 0, 1, nil)
+	return err
 }
