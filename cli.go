@@ -41,10 +41,7 @@ const (
 	wraps                           // from the first argument on everything is a command, flags included
 )
 
-const (
-	manyArgs    = 1 << 20 // no limit to arguments
-	maxHostName = 253     // characters, RFC 1035
-)
+const manyArgs = 1 << 20 // no limit
 
 // cliCommand is one command; its flags are those that its help explains. They stand before, between or after the arguments,
 // up to "--".
@@ -96,7 +93,7 @@ type terminal struct {
 	command         string
 	flags           map[string]string // those that were given; a switch is "true"
 	args            []string
-	*state
+	state
 }
 
 // usageError is a command line that makes no sense (exit 2); exitStatus says all by its number.
@@ -106,7 +103,7 @@ type (
 )
 
 func (e usageError) Error() string { return string(e) }
-func (e exitStatus) Error() string { return "exit status " + strconv.Itoa(int(e)) }
+func (e exitStatus) Error() string { return fmt.Sprint("exit status ", int(e)) }
 
 // cli runs one command line, without the program's name, and gives the exit code.
 func cli(args []string) int {
@@ -132,19 +129,17 @@ func (t *terminal) main(args []string) int {
 // findCommand takes the one or two words of a command off the arguments. A command without run is an error, or what a first
 // word like "acl" leads to: its help lists what there is.
 func findCommand(args []string) (c cliCommand, rest []string) {
-	if len(args) == 0 {
-		return c, nil
-	}
-	instead := map[string]string{"-v": "version", "--version": "version", "-h": "help", "--help": "help"}
-	args = append([]string{cmp.Or(instead[args[0]], args[0])}, args[1:]...)
+	all := cliCommands()
 	for n := min(2, len(args)); n > 0; n-- {
-		for _, c := range cliCommands() {
-			if c.name == strings.Join(args[:n], " ") {
-				return c, args[n:]
-			}
+		name := strings.Join(args[:n], " ")
+		if name == "-v" || name == "--version" {
+			name = "version"
+		}
+		if i := slices.IndexFunc(all, func(c cliCommand) bool { return c.name == name }); i >= 0 {
+			return all[i], args[n:]
 		}
 	}
-	if slices.Contains([]string{"key", "acl", "plugin"}, args[0]) {
+	if len(args) > 0 && slices.Contains([]string{"key", "acl", "plugin"}, args[0]) {
 		return cliCommand{name: args[0]}, args[1:]
 	}
 	return c, args
@@ -169,7 +164,7 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 	case len(t.args) > c.most:
 		return usageError(fmt.Sprintf("unexpected argument %q", t.args[c.most]))
 	}
-	if t.state, err = survey(); err == nil && c.traits&needsServer != 0 {
+	if err = t.survey(); err == nil && c.traits&needsServer != 0 {
 		t.server, t.running, err = findServer(t.paths)
 	}
 	if err != nil {
@@ -284,9 +279,15 @@ func (t *terminal) say(format string, args ...any) error {
 	return err
 }
 
+func (t *terminal) warn(warnings []string) {
+	for _, w := range warnings {
+		fmt.Fprintf(t.err, "warning: %s\n", w)
+	}
+}
+
 func (t *terminal) warnIf(yes bool, format string, args ...any) {
 	if yes {
-		fmt.Fprintf(t.err, "warning: "+format+"\n", args...)
+		t.warn([]string{fmt.Sprintf(format, args...)})
 	}
 }
 
@@ -298,8 +299,8 @@ func (t *terminal) ask(question string, args ...any) bool {
 	return strings.EqualFold(answer, "y") || strings.EqualFold(answer, "yes")
 }
 
-// show prints v if --json asks for it, else what table writes, its tabs made columns. It ends with the exit code if bad.
-func (t *terminal) show(bad bool, code int, v any, table func(w io.Writer)) (err error) {
+// show prints v if --json asks for it, else the text, its tabs made columns. It ends with the exit code if bad.
+func (t *terminal) show(bad bool, code int, v any, text string) (err error) {
 	if t.on("json") {
 		enc := json.NewEncoder(t.out)
 		enc.SetEscapeHTML(false)
@@ -307,7 +308,7 @@ func (t *terminal) show(bad bool, code int, v any, table func(w io.Writer)) (err
 		err = enc.Encode(v)
 	} else {
 		tab := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
-		table(tab)
+		fmt.Fprintln(tab, text)
 		err = tab.Flush()
 	}
 	if err == nil && bad {
@@ -316,19 +317,27 @@ func (t *terminal) show(bad bool, code int, v any, table func(w io.Writer)) (err
 	return err
 }
 
+// showList shows a line for each row, and a last one.
+func showList[T any](t *terminal, bad bool, rows []T, last string, line func(T) string) error {
+	return t.show(bad, 1, append([]T{}, rows...), strings.Join(append(each(rows, line), last), "\n"))
+}
+
+// each is the texts of a list: of an empty one [] in JSON, not null.
+func each[T any](list []T, text func(T) string) []string {
+	texts := []string{}
+	for _, item := range list {
+		texts = append(texts, text(item))
+	}
+	return texts
+}
+
+func quoteWords(words []string) string { return strings.Join(each(words, strconv.Quote), " ") }
+
 func pick(yes bool, one, other string) string {
 	if yes {
 		return one
 	}
 	return other
-}
-
-func quoteWords(words []string) string {
-	var quoted []string
-	for _, w := range words {
-		quoted = append(quoted, strconv.Quote(w))
-	}
-	return strings.Join(quoted, " ")
 }
 
 // ---- addresses
@@ -368,6 +377,7 @@ func cleanHost(text string) (string, error) {
 	if a, err := netip.ParseAddr(bare); err == nil && a.Zone() == "" && !a.IsUnspecified() && (bare == text || "["+bare+"]" == text && a.Is6()) {
 		return a.String(), nil
 	}
+	const maxHostName = 253 // characters, RFC 1035
 	name := regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
 	if len(text) <= maxHostName && name.MatchString(text) {
 		return text, nil
@@ -379,7 +389,7 @@ func cleanHost(text string) (string, error) {
 
 // state is the configuration as it lies on disk, what is wrong with it, and what runs.
 type state struct {
-	paths
+	paths       // audit is where the settings say
 	start       startup
 	startErr    error
 	settings    *settings // nil with settingsErr, as is snap
@@ -392,28 +402,27 @@ type state struct {
 	running     bool
 }
 
-func survey() (*state, error) {
-	p, err := configPaths()
-	if err != nil {
-		return nil, err
+func (s *state) survey() (err error) {
+	if s.paths, err = configPaths(); err != nil {
+		return err
 	}
-	s := &state{paths: p}
-	s.start, s.startErr = loadStartup(p, startupFlags{})
-	if s.settings, s.settingsErr = loadSettings(p); s.settingsErr != nil {
+	s.start, s.startErr = loadStartup(s.paths, startupFlags{})
+	if s.settings, s.settingsErr = loadSettings(s.paths); s.settingsErr != nil {
 		if errors.Is(s.settingsErr, fs.ErrNotExist) {
 			s.settingsErr = fmt.Errorf("%w\nhint: aexec setup", s.settingsErr)
 		}
-		return s, nil
+		return nil
 	}
-	s.plugins, s.problems = loadPlugins(p, s.settings)
+	s.plugins, s.problems = loadPlugins(s.paths, s.settings)
 	for _, pl := range s.plugins {
 		s.rules = append(s.rules, pl.Rules)
 	}
-	store, err := openStore(p, s.rules)
+	store, err := openStore(s.paths, s.rules)
 	if s.settingsErr = err; err == nil {
 		s.snap, _, s.settingsErr = store.current()
 	}
-	return s, nil
+	s.audit = cmp.Or(s.settings.AuditFile, s.audit)
+	return nil
 }
 
 // address is where the server listens, or would.
@@ -431,24 +440,16 @@ func (s *state) changed() []string {
 }
 
 // warnings names what makes the server more dangerous than it need be. One that does not run does not run as root.
-func (s *state) warnings() (warnings []string) {
+func (s *state) warnings() []string {
 	if s.snap == nil {
 		return nil
 	}
-	for _, w := range startWarnings(s.address(), s.snap) {
+	return each(startWarnings(s.address(), s.snap), func(w string) string {
 		if rest, ok := strings.CutPrefix(w, "it runs as root, and so does"); ok && !s.running {
-			w = "started by root, it would run as root, and so would" + rest
+			return "started by root, it would run as root, and so would" + rest
 		}
-		warnings = append(warnings, w)
-	}
-	return warnings
-}
-
-func (s *state) auditFile() string {
-	if s.settings == nil {
-		return s.audit
-	}
-	return cmp.Or(s.settings.AuditFile, s.audit)
+		return w
+	})
 }
 
 func problemText(p pluginProblem) string {

@@ -9,7 +9,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log"
 	"net"
@@ -56,29 +55,23 @@ func (t *terminal) startFlags() (f startupFlags, err error) {
 	return f, err
 }
 
-func cliStart(t *terminal) error {
+func cliStart(t *terminal) error { return t.launch("") }
+
+// launch starts the server. before is the address of the one that it replaces, or "".
+func (t *terminal) launch(before string) error {
 	f, err := t.startFlags()
 	if err != nil {
 		return err
 	}
-	return t.launch(f, "")
-}
-
-// launch starts the server. before is the address of the one that it replaces, or "".
-func (t *terminal) launch(f startupFlags, before string) (err error) {
-	if t.on("f") {
-		t.server = serverInfo{}
+	if t.server = (serverInfo{}); t.on("f") {
 		t.sayMove(before)
 		return serve(serveOptions{f, log.New(t.err, "", log.LstdFlags)})
 	}
-	args := []string{"--host=" + f.host, "--port=" + t.flags["port"]} // empty is as if not given
-	if t.server, err = startBackground(t.paths, args); err != nil {
+	t.server, err = startBackground(t.paths, []string{"--host=" + f.host, "--port=" + t.flags["port"]}) // empty: as if not given
+	if t.running = err == nil; !t.running {
 		return err
 	}
-	t.running = true
-	for _, w := range t.warnings() {
-		t.warnIf(true, "%s", w)
-	}
+	t.warn(t.warnings())
 	t.sayMove(before)
 	return t.say("started: http://%s, pid %d", t.server.Address, t.server.Pid)
 }
@@ -154,8 +147,8 @@ func cliRestart(t *terminal) error {
 			err = errors.Join(err, errors.New(problemText(p)))
 		}
 	}
-	before, port := t.server, t.start.port
-	if err == nil && port > 0 && port != before.port() && !t.on("force") {
+	before, port := t.server.Address, t.start.port
+	if err == nil && port > 0 && port != t.server.port() && !t.on("force") {
 		holders, _ := portHolders(t.paths, port)
 		for _, h := range holders {
 			err = fmt.Errorf("pid %d, %q, listens on port %d\nhint: aexec restart --force kills it", h.Pid, h.Name, port)
@@ -172,7 +165,7 @@ func cliRestart(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	return t.launch(f, before.Address)
+	return t.launch(before)
 }
 
 func cliKeyRotate(t *terminal) error {
@@ -202,80 +195,57 @@ type fact struct {
 }
 
 func cliStatus(t *terminal) error {
-	facts := append(t.serverFacts(), t.diskFacts()...)
 	object := map[string]any{"running": t.running, "directory": t.dir}
-	for _, f := range facts {
+	lines := []string{pick(t.running, "running", "not running\thint: aexec start"), fmt.Sprintf("directory\t%q", t.dir)}
+	for _, f := range t.facts() {
 		object[f.name] = f.value
-	}
-	return t.show(!t.running, 3, object, func(w io.Writer) {
-		fmt.Fprintf(w, "%s\ndirectory\t%q\n", pick(t.running, "running", "not running\thint: aexec start"), t.dir)
-		for _, f := range facts {
-			texts, isList := f.value.([]string)
-			if !isList {
-				texts = []string{cmp.Or(fmt.Sprint(f.value), "none")}
-			}
-			label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(f.name, " $0"))
-			for _, text := range texts {
-				fmt.Fprintf(w, "%s\t%s\n", label, strings.ReplaceAll(text, "\n", "; "))
-			}
+		texts, isList := f.value.([]string)
+		if !isList {
+			texts = []string{cmp.Or(fmt.Sprint(f.value), "none")}
 		}
-	})
+		label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(f.name, " $0"))
+		for _, text := range texts {
+			lines = append(lines, label+"\t"+strings.ReplaceAll(text, "\n", "; "))
+		}
+	}
+	return t.show(!t.running, 3, object, strings.Join(lines, "\n"))
 }
 
-func (s *state) serverFacts() []fact {
-	if !s.running {
-		return nil
+// facts is what runs, what lies on disk, and what is wrong with it.
+func (s *state) facts() (facts []fact) {
+	if info := s.server; s.running {
+		host, port, _ := net.SplitHostPort(info.Address)
+		code, _, err := probeServer(net.JoinHostPort(reachable(host), port), "/ping", nil)
+		facts = []fact{{"answers", err == nil && code == http.StatusOK}, {"pid", info.Pid}, {"address", info.Address}, {"version", info.Version},
+			{"started", info.Started.Format(time.RFC3339)}, {"uptime", time.Since(info.Started).Round(time.Second).String()},
+			{"needsRestart", append([]string{}, s.changed()...)}}
 	}
-	info := s.server
-	host, port, _ := net.SplitHostPort(info.Address)
-	code, _, err := probeServer(net.JoinHostPort(reachable(host), port), "/ping", nil)
-	return []fact{{"answers", err == nil && code == http.StatusOK}, {"pid", info.Pid}, {"address", info.Address}, {"version", info.Version},
-		{"started", info.Started.Format(time.RFC3339)}, {"uptime", time.Since(info.Started).Round(time.Second).String()},
-		{"needsRestart", append([]string{}, s.changed()...)}}
-}
-
-// diskFacts is what lies on disk, and what is wrong with it.
-func (s *state) diskFacts() []fact {
-	key, head := "", ""
-	if s.start.key != nil {
-		key = s.start.key.id()
-	}
-	last, _ := tailAudit(s.auditFile(), 3)
+	head := ""
+	last, _ := tailAudit(s.audit, 3)
 	for _, line := range last {
 		if !line.Torn {
 			head = auditHead{line.Record.Seq, auditDigest([]byte(line.Raw))}.String()
 		}
 	}
-	plugins, problems := []string{}, []string{}
-	for _, p := range s.plugins {
-		plugins = append(plugins, p.Name)
-	}
-	for _, p := range s.problems {
-		problems = append(problems, problemText(p))
-	}
 	valid := errors.New("valid")
-	return []fact{{"enabled", s.start.enabled}, {"apiKey", key}, {"startup", cmp.Or(s.startErr, valid).Error()},
-		{"settings", cmp.Or(s.settingsErr, valid).Error()}, {"plugins", plugins}, {"pluginProblems", problems}, {"auditHead", head},
-		{"warnings", append([]string{}, s.warnings()...)}}
+	return append(facts, fact{"enabled", s.start.enabled}, fact{"startup", cmp.Or(s.startErr, valid).Error()},
+		fact{"settings", cmp.Or(s.settingsErr, valid).Error()}, fact{"plugins", each(s.plugins, func(p *plugin) string { return p.Name })},
+		fact{"pluginProblems", each(s.problems, problemText)}, fact{"auditHead", head}, fact{"warnings", append([]string{}, s.warnings()...)})
 }
 
 func cliConfig(t *terminal) error {
-	p, settings := t.paths, []settingInfo{}
-	p.audit = t.auditFile()
-	files := configFiles(p)
+	files, settings := configFiles(t.paths), []settingInfo{}
 	if t.settings != nil {
 		settings = t.settings.table()
 	}
-	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, func(w io.Writer) {
-		for _, f := range files {
-			fmt.Fprintf(w, "%q\t%s\t%s\n", f.Path, cmp.Or(f.Mode, "missing"), f.Problem)
-		}
-		fmt.Fprintln(w)
-		for _, row := range settings {
-			value, _ := json.Marshal(row.Value) // came from JSON
-			fmt.Fprintf(w, "%s\t%s\t%s\n", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
-		}
-	}))
+	lines := append(each(files, func(f fileInfo) string {
+		return fmt.Sprintf("%q\t%s\t%s", f.Path, cmp.Or(f.Mode, "missing"), f.Problem)
+	}), "")
+	lines = append(lines, each(settings, func(row settingInfo) string {
+		value, _ := json.Marshal(row.Value) // came from JSON
+		return fmt.Sprintf("%s\t%s\t%s", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
+	})...)
+	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
 }
 
 // ---- handing out access
@@ -321,9 +291,7 @@ func (t *terminal) shareWarnings(bound string, hosts []string) {
 		t.warnIf(host != bound && (bound == "localhost" || a.Unmap().IsLoopback()),
 			"the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
 	}
-	for _, w := range t.warnings() {
-		t.warnIf(true, "%s", w)
-	}
+	t.warn(t.warnings())
 }
 
 // tryHosts does what an agent would do first. The key goes only to where the guide was found.
@@ -356,13 +324,9 @@ func (t *terminal) tryHosts(hosts []string, port string) (err error) {
 // ---- the policy
 
 func cliACLList(t *terminal) error {
-	rules := append([]listedRule{}, t.snap.policy.rules()...)
-	return t.show(false, 0, rules, func(w io.Writer) {
-		for _, r := range rules {
-			rule, _ := r.Rule.MarshalJSON() // strings always marshal
-			fmt.Fprintf(w, "%s\t%s\t%s\n", r.List, rule, r.Source)
-		}
-		fmt.Fprintln(w, "deny\teverything else")
+	return showList(t, false, t.snap.policy.rules(), "deny\teverything else", func(r listedRule) string {
+		rule, _ := r.Rule.MarshalJSON() // strings always marshal
+		return fmt.Sprintf("%s\t%s\t%s", r.List, rule, r.Source)
 	})
 }
 
@@ -371,25 +335,19 @@ func cliACLCheck(t *terminal) error {
 		return err
 	}
 	_, d := t.snap.policy.decide(t.args)
-	return t.show(!d.Allowed, 1, d, func(w io.Writer) {
-		by := "no rule allows it"
-		if d.Rule != "" {
-			by = fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
-		}
-		fmt.Fprintf(w, "%s: %s: %s\n", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args), by)
-	})
+	by := "no rule allows it"
+	if d.Rule != "" {
+		by = fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
+	}
+	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %s: %s", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args), by))
 }
 
 func cliACLDoctor(t *terminal) error {
-	findings := append([]finding{}, t.snap.policy.lint()...)
-	return t.show(t.on("strict") && len(findings) > 0, 1, findings, func(w io.Writer) {
-		for _, f := range findings {
-			if f.Rule != "" {
-				fmt.Fprintf(w, "%s rule %q of %s: ", f.List, f.Rule, f.Source)
-			}
-			fmt.Fprintf(w, "%s (%s)\n", f.Message, f.Code)
-		}
-		fmt.Fprintf(w, "%d found; a deny list is a seat belt, the allow list is the boundary\n", len(findings))
+	found := t.snap.policy.lint()
+	last := fmt.Sprintf("%d found; a deny list is a seat belt, the allow list is the boundary", len(found))
+	return showList(t, t.on("strict") && len(found) > 0, found, last, func(f finding) string {
+		about := fmt.Sprintf("%s rule %q of %s: ", f.List, f.Rule, f.Source)
+		return fmt.Sprintf("%s%s (%s)", pick(f.Rule != "", about, ""), f.Message, f.Code)
 	})
 }
 
@@ -431,7 +389,7 @@ func cliAudit(t *terminal) error {
 	if !t.on("f") {
 		cancel() // what is there, and no more
 	}
-	err = followAudit(ctx, t.auditFile(), n, show)
+	err = followAudit(ctx, t.audit, n, show)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("nothing is recorded yet: %w\nhint: aexec start", err)
 	}
@@ -466,7 +424,7 @@ func cliAuditVerify(t *terminal) error {
 		}
 		want = &head
 	}
-	file := cmp.Or(strings.Join(t.args, ""), t.auditFile())
+	file := cmp.Or(strings.Join(t.args, ""), t.audit)
 	r, err := verifyAudit(file, want)
 	if err == nil && r.Broken > 0 {
 		err = fmt.Errorf("%q is broken at line %d: %s", file, r.Broken, r.Why)
@@ -474,31 +432,18 @@ func cliAuditVerify(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	said := fmt.Sprintf("ok: %d records\n", r.Records)
-	if r.Begins > 1 {
-		said += fmt.Sprintf("begins at %d\n", r.Begins)
-	}
-	if r.Torn > 0 {
-		said += fmt.Sprintf("torn lines, kept and covered: %d\n", r.Torn)
-	}
-	if r.Alarms > 0 {
-		said += fmt.Sprintf("alarms (audit_broken records): %d\n", r.Alarms)
-	}
-	return t.say("%shead %s", said, r.Head)
+	return t.say("ok: %d records\nbegins at %d, torn lines (kept and covered): %d, alarms (audit_broken records): %d\nhead %s",
+		r.Records, r.Begins, r.Torn, r.Alarms, r.Head)
 }
 
 // ---- plugins
 
 func cliPluginList(t *terminal) error {
-	infos := append([]*pluginInfo{}, surveyPlugins(t.paths, t.settings, true)...)
-	return t.show(false, 0, infos, func(w io.Writer) {
-		for _, i := range infos {
-			state := pick(i.Enabled, "enabled", "disabled") + pick(i.usable(), "", ", broken")
-			fmt.Fprintf(w, "%q\t%s\t%s\t%q\t%q\n", i.Name, i.Type, state, i.Command, i.Description)
-		}
-		if len(infos) == 0 {
-			fmt.Fprintln(w, "no plugins\thint: aexec plugin create --name NAME --command C")
-		}
+	infos := surveyPlugins(t.paths, t.settings, true)
+	last := pick(len(infos) > 0, "", "no plugins\thint: aexec plugin create --name NAME --command C")
+	return showList(t, false, infos, last, func(i *pluginInfo) string {
+		state := pick(i.Enabled, "enabled", "disabled") + pick(i.usable(), "", ", broken")
+		return fmt.Sprintf("%q\t%s\t%s\t%q\t%q", i.Name, i.Type, state, i.Command, i.Description)
 	})
 }
 
@@ -519,14 +464,9 @@ func cliPluginEdit(t *terminal) (err error) {
 }
 
 func cliPluginDoctor(t *terminal) error {
-	problems := append([]pluginProblem{}, doctorPlugins(t.paths, t.settings)...)
+	problems := doctorPlugins(t.paths, t.settings)
 	bad := slices.ContainsFunc(problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
-	return t.show(bad, 1, problems, func(w io.Writer) {
-		for _, p := range problems {
-			fmt.Fprintln(w, problemText(p))
-		}
-		fmt.Fprintf(w, "%d found\n", len(problems))
-	})
+	return showList(t, bad, problems, fmt.Sprintf("%d found", len(problems)), problemText)
 }
 
 // cliPluginMake is plugin create and starterkit: each tool is asked about itself, and its settings are shown for review.
