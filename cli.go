@@ -41,7 +41,10 @@ const (
 	wraps                           // from the first argument on everything is a command, flags included
 )
 
-const manyArgs = 1 << 20 // no limit
+const (
+	manyArgs = 1 << 20 // no limit
+	maxPort  = 65535
+)
 
 // cliCommand is one command; its flags are those that its help explains. They stand before, between or after the arguments,
 // up to "--".
@@ -84,16 +87,30 @@ func cliCommands() []cliCommand {
 
 // ---- from arguments to a command
 
-// terminal is where a command reads and writes, with what it was told and what it found.
+// terminal is where a command reads and writes, what it was told, and what it found: the configuration as it lies on disk,
+// what is wrong with it, and what runs.
 type terminal struct {
 	in              io.Reader
 	out, err        io.Writer
 	inTerm, outTerm bool // somebody sits there
 	beneath         bool // this is a command of an aexec server
-	command         string
-	flags           map[string]string // those that were given; a switch is "true"
-	args            []string
-	state
+
+	command string
+	flags   map[string]string // those that were given; a switch is "true"
+	from    startupFlags      // those of them that go before .env
+	args    []string
+
+	paths       // audit is where the settings say
+	start       startup
+	startErr    error
+	settings    *settings // nil with settingsErr, as is snap
+	snap        *snapshot
+	settingsErr error
+	plugins     []*plugin
+	rules       []ruleSet // of the plugins
+	problems    []pluginProblem
+	server      serverInfo // where a command needs it
+	running     bool
 }
 
 // usageError is a command line that makes no sense (exit 2); exitStatus says all by its number.
@@ -200,7 +217,14 @@ func (t *terminal) parse(c cliCommand, args []string) (err error) {
 			return fmt.Errorf("--%s is missing", f[1])
 		}
 	}
-	return nil
+	t.from.host, t.from.portSet = t.flags["host"], t.flags["port"] != ""
+	if t.on("public") && t.from.host != "" {
+		return errors.New("--public and --host exclude each other")
+	} else if t.on("public") {
+		t.from.host = "0.0.0.0"
+	}
+	t.from.port, err = t.number("port", 0, maxPort)
+	return err
 }
 
 // parseFlags finds flags also behind arguments, which package flag does not.
@@ -220,14 +244,11 @@ func parseFlags(fs *flag.FlagSet, args []string, wraps bool) (positional []strin
 
 func (t *terminal) on(name string) bool { return t.flags[name] == "true" }
 
-func (t *terminal) number(name string, least, most, otherwise int) (int, error) {
-	text := t.flags[name]
-	if text == "" {
-		return otherwise, nil
-	}
+func (t *terminal) number(name string, otherwise, most int) (int, error) {
+	text := cmp.Or(t.flags[name], strconv.Itoa(otherwise))
 	n, err := strconv.Atoi(text)
-	if err != nil || n < least || n > most {
-		return 0, usageError(fmt.Sprintf("%q is not a number from %d to %d", text, least, most))
+	if err != nil || n < 0 || n > most {
+		return 0, usageError(fmt.Sprintf("%q is not a number from 0 to %d", text, most))
 	}
 	return n, nil
 }
@@ -387,65 +408,50 @@ func cleanHost(text string) (string, error) {
 
 // ---- what there is
 
-// state is the configuration as it lies on disk, what is wrong with it, and what runs.
-type state struct {
-	paths       // audit is where the settings say
-	start       startup
-	startErr    error
-	settings    *settings // nil with settingsErr, as is snap
-	snap        *snapshot
-	settingsErr error
-	plugins     []*plugin
-	rules       []ruleSet // of the plugins
-	problems    []pluginProblem
-	server      serverInfo // where a command needs it
-	running     bool
-}
-
-func (s *state) survey() (err error) {
-	if s.paths, err = configPaths(); err != nil {
+func (t *terminal) survey() (err error) {
+	if t.paths, err = configPaths(); err != nil {
 		return err
 	}
-	s.start, s.startErr = loadStartup(s.paths, startupFlags{})
-	if s.settings, s.settingsErr = loadSettings(s.paths); s.settingsErr != nil {
-		if errors.Is(s.settingsErr, fs.ErrNotExist) {
-			s.settingsErr = fmt.Errorf("%w\nhint: aexec setup", s.settingsErr)
+	t.start, t.startErr = loadStartup(t.paths, t.from)
+	if t.settings, t.settingsErr = loadSettings(t.paths); t.settingsErr != nil {
+		if errors.Is(t.settingsErr, fs.ErrNotExist) {
+			t.settingsErr = fmt.Errorf("%w\nhint: aexec setup", t.settingsErr)
 		}
 		return nil
 	}
-	s.plugins, s.problems = loadPlugins(s.paths, s.settings)
-	for _, pl := range s.plugins {
-		s.rules = append(s.rules, pl.Rules)
+	t.plugins, t.problems = loadPlugins(t.paths, t.settings)
+	for _, pl := range t.plugins {
+		t.rules = append(t.rules, pl.Rules)
 	}
-	store, err := openStore(s.paths, s.rules)
-	if s.settingsErr = err; err == nil {
-		s.snap, _, s.settingsErr = store.current()
+	store, err := openStore(t.paths, t.rules)
+	if t.settingsErr = err; err == nil {
+		t.snap, _, t.settingsErr = store.current()
 	}
-	s.audit = cmp.Or(s.settings.AuditFile, s.audit)
+	t.audit = cmp.Or(t.settings.AuditFile, t.audit)
 	return nil
 }
 
 // address is where the server listens, or would.
-func (s *state) address() string {
-	return cmp.Or(s.server.Address, net.JoinHostPort(s.start.host, strconv.Itoa(s.start.port)))
+func (t *terminal) address() string {
+	return cmp.Or(t.server.Address, net.JoinHostPort(t.start.host, strconv.Itoa(t.start.port)))
 }
 
 // changed names what is different on disk from what the server was started with.
-func (s *state) changed() []string {
-	onDisk, err := restartState(s.paths)
-	if err != nil || !s.running {
+func (t *terminal) changed() []string {
+	onDisk, err := restartState(t.paths)
+	if err != nil || !t.running {
 		return nil // the error is among those of the settings
 	}
-	return changedNames(s.server.Restart, onDisk)
+	return changedNames(t.server.Restart, onDisk)
 }
 
 // warnings names what makes the server more dangerous than it need be. One that does not run does not run as root.
-func (s *state) warnings() []string {
-	if s.snap == nil {
+func (t *terminal) warnings() []string {
+	if t.snap == nil {
 		return nil
 	}
-	return each(startWarnings(s.address(), s.snap), func(w string) string {
-		if rest, ok := strings.CutPrefix(w, "it runs as root, and so does"); ok && !s.running {
+	return each(startWarnings(t.address(), t.snap), func(w string) string {
+		if rest, ok := strings.CutPrefix(w, "it runs as root, and so does"); ok && !t.running {
 			return "started by root, it would run as root, and so would" + rest
 		}
 		return w

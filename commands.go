@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
@@ -25,8 +26,9 @@ const (
 	stopWait   = 30 * time.Second // beyond killGraceMs of the commands that run
 	killWait   = 5 * time.Second  // after SIGKILL only the kernel can delay a process
 	auditShown = 20               // records that `aexec audit` shows
-	maxPort    = 65535
 )
+
+var errNotRunning = errors.New("not running\nhint: aexec start")
 
 // ---- the server as a process
 
@@ -44,30 +46,15 @@ func cliSetup(t *terminal) error {
 	return t.say("\nagents may run what %q allows: in a new setup, aexec --version\nnext: aexec start, then aexec share", t.paths.settings)
 }
 
-func (t *terminal) startFlags() (f startupFlags, err error) {
-	f.host, f.portSet = t.flags["host"], t.flags["port"] != ""
-	if t.on("public") && f.host != "" {
-		return f, usageError("--public and --host exclude each other")
-	} else if t.on("public") {
-		f.host = "0.0.0.0"
-	}
-	f.port, err = t.number("port", 0, maxPort, 0)
-	return f, err
-}
-
 func cliStart(t *terminal) error { return t.launch("") }
 
 // launch starts the server. before is the address of the one that it replaces, or "".
-func (t *terminal) launch(before string) error {
-	f, err := t.startFlags()
-	if err != nil {
-		return err
-	}
+func (t *terminal) launch(before string) (err error) {
 	if t.server = (serverInfo{}); t.on("f") {
 		t.sayMove(before)
-		return serve(serveOptions{f, log.New(t.err, "", log.LstdFlags)})
+		return serve(serveOptions{t.from, log.New(t.err, "", log.LstdFlags)})
 	}
-	t.server, err = startBackground(t.paths, []string{"--host=" + f.host, "--port=" + t.flags["port"]}) // empty: as if not given
+	t.server, err = startBackground(t.paths, []string{"--host=" + t.from.host, "--port=" + t.flags["port"]}) // empty: as if not given
 	if t.running = err == nil; !t.running {
 		return err
 	}
@@ -83,23 +70,20 @@ func (t *terminal) sayMove(before string) {
 }
 
 func cliStop(t *terminal) error {
-	port, err := t.number("port", 1, maxPort, 0)
-	switch {
-	case err != nil:
-		return err
-	case port != 0 && !t.on("force"):
+	switch port := t.from.port; {
+	case !t.from.portSet:
+		return t.stop()
+	case port == 0:
+		return usageError(fmt.Sprintf("\"0\" is not a number from 1 to %d", maxPort))
+	case !t.on("force"):
 		return usageError("--port kills whatever listens there: it takes --force as well")
-	case port != 0:
+	default:
 		return t.freePort(port, true)
 	}
-	was, err := t.stop()
-	if err == nil && !was {
-		err = errors.New("not running\nhint: aexec start")
-	}
-	return err
 }
 
-func (t *terminal) stop() (was bool, err error) {
+// stop ends the server; with --force also one that does not heed the signal.
+func (t *terminal) stop() error {
 	wait := stopWait
 	if t.settings != nil {
 		wait += t.settings.KillGrace
@@ -112,10 +96,12 @@ func (t *terminal) stop() (was bool, err error) {
 			return err == nil && running && now.Pid == info.Pid
 		}}, killWait)
 	}
-	if err == nil && was {
-		t.say("stopped: pid %d", info.Pid)
+	if err != nil {
+		return err
+	} else if !was {
+		return errNotRunning
 	}
-	return was, err
+	return t.say("stopped: pid %d", info.Pid)
 }
 
 // freePort kills whatever listens on a port, naming it first.
@@ -136,12 +122,7 @@ func (t *terminal) freePort(port int, must bool) error {
 // cliRestart stops nothing before it knows that what is on disk can start again, and that nobody else has the port. (Whose
 // port it is cannot always be seen; then it is the start that fails.)
 func cliRestart(t *terminal) error {
-	f, err := t.startFlags()
-	if err != nil {
-		return err
-	}
-	t.start, err = loadStartup(t.paths, f)
-	err = errors.Join(err, t.settingsErr)
+	err := errors.Join(t.startErr, t.settingsErr)
 	for _, p := range t.problems {
 		if !p.Warning {
 			err = errors.Join(err, errors.New(problemText(p)))
@@ -157,8 +138,10 @@ func cliRestart(t *terminal) error {
 	if err != nil {
 		return fmt.Errorf("nothing was stopped, for it could not start again: %w", err)
 	}
-	was, err := t.stop()
-	t.warnIf(err == nil && !was, "no server was running")
+	if err = t.stop(); err == errNotRunning {
+		t.warnIf(true, "no server was running")
+		err = nil
+	}
 	if err == nil && t.on("force") && port > 0 {
 		err = t.freePort(port, false)
 	}
@@ -174,13 +157,12 @@ func cliKeyRotate(t *terminal) error {
 		return err
 	}
 	t.say("a new key is in %q; aexec share prints it", t.env)
-	start, err := loadStartup(t.paths, startupFlags{})
-	t.warnIf(err == nil && start.key.id() != key.id(), "API_KEY in the environment goes before .env: change it there too")
+	t.start, t.startErr = loadStartup(t.paths, t.from)
+	t.warnIf(t.startErr == nil && t.start.key.id() != key.id(), "API_KEY in the environment goes before .env: change it there too")
 	t.server, t.running, err = findServer(t.paths)
 	if err != nil || !t.running {
 		return err
-	}
-	if t.on("restart") {
+	} else if t.on("restart") {
 		return cliRestart(t)
 	}
 	return t.say("the old key holds until: aexec restart")
@@ -212,25 +194,25 @@ func cliStatus(t *terminal) error {
 }
 
 // facts is what runs, what lies on disk, and what is wrong with it.
-func (s *state) facts() (facts []fact) {
-	if info := s.server; s.running {
+func (t *terminal) facts() (facts []fact) {
+	if info := t.server; t.running {
 		host, port, _ := net.SplitHostPort(info.Address)
 		code, _, err := probeServer(net.JoinHostPort(reachable(host), port), "/ping", nil)
 		facts = []fact{{"answers", err == nil && code == http.StatusOK}, {"pid", info.Pid}, {"address", info.Address}, {"version", info.Version},
 			{"started", info.Started.Format(time.RFC3339)}, {"uptime", time.Since(info.Started).Round(time.Second).String()},
-			{"needsRestart", append([]string{}, s.changed()...)}}
+			{"needsRestart", append([]string{}, t.changed()...)}}
 	}
 	head := ""
-	last, _ := tailAudit(s.audit, 3)
+	last, _ := tailAudit(t.audit, 3)
 	for _, line := range last {
 		if !line.Torn {
 			head = auditHead{line.Record.Seq, auditDigest([]byte(line.Raw))}.String()
 		}
 	}
 	valid := errors.New("valid")
-	return append(facts, fact{"enabled", s.start.enabled}, fact{"startup", cmp.Or(s.startErr, valid).Error()},
-		fact{"settings", cmp.Or(s.settingsErr, valid).Error()}, fact{"plugins", each(s.plugins, func(p *plugin) string { return p.Name })},
-		fact{"pluginProblems", each(s.problems, problemText)}, fact{"auditHead", head}, fact{"warnings", append([]string{}, s.warnings()...)})
+	return append(facts, fact{"enabled", t.start.enabled}, fact{"startup", cmp.Or(t.startErr, valid).Error()},
+		fact{"settings", cmp.Or(t.settingsErr, valid).Error()}, fact{"plugins", each(t.plugins, func(p *plugin) string { return p.Name })},
+		fact{"pluginProblems", each(t.problems, problemText)}, fact{"auditHead", head}, fact{"warnings", append([]string{}, t.warnings()...)})
 }
 
 func cliConfig(t *terminal) error {
@@ -375,7 +357,7 @@ func cliACLEdit(t *terminal) error {
 const auditRow = "%6v  %-24v  %-17v  %-8v  %5v  %8v  %-15v  %s"
 
 func cliAudit(t *terminal) error {
-	n, err := t.number("n", 0, 1<<31-1, auditShown)
+	n, err := t.number("n", auditShown, math.MaxInt32)
 	if err != nil {
 		return err
 	}
