@@ -300,15 +300,9 @@ func (t *terminal) say(format string, args ...any) error {
 	return err
 }
 
-func (t *terminal) warn(warnings []string) {
-	for _, w := range warnings {
-		fmt.Fprintf(t.err, "warning: %s\n", w)
-	}
-}
-
 func (t *terminal) warnIf(yes bool, format string, args ...any) {
 	if yes {
-		t.warn([]string{fmt.Sprintf(format, args...)})
+		fmt.Fprintf(t.err, "warning: "+format+"\n", args...)
 	}
 }
 

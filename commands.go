@@ -50,23 +50,24 @@ func cliStart(t *terminal) error { return t.launch("") }
 
 // launch starts the server. before is the address of the one that it replaces, or "".
 func (t *terminal) launch(before string) (err error) {
-	if t.server = (serverInfo{}); t.on("f") {
-		t.sayMove(before)
-		return serve(serveOptions{t.from, log.New(t.err, "", log.LstdFlags)})
+	t.server, t.running = serverInfo{}, false
+	if !t.on("f") {
+		args := []string{"--host=" + t.from.host, "--port=" + t.flags["port"]} // empty is as if not given
+		if t.server, err = startBackground(t.paths, args); err != nil {
+			return err
+		}
+		t.running = true
+		for _, w := range t.warnings() {
+			t.warnIf(true, "%s", w)
+		}
 	}
-	t.server, err = startBackground(t.paths, []string{"--host=" + t.from.host, "--port=" + t.flags["port"]}) // empty: as if not given
-	if t.running = err == nil; !t.running {
-		return err
-	}
-	t.warn(t.warnings())
-	t.sayMove(before)
-	return t.say("started: http://%s, pid %d", t.server.Address, t.server.Pid)
-}
-
-func (t *terminal) sayMove(before string) {
 	if now := t.address(); before != "" && before != now {
 		t.say("the address changes from http://%s to http://%s", before, now)
 	}
+	if t.on("f") {
+		return serve(serveOptions{t.from, log.New(t.err, "", log.LstdFlags)})
+	}
+	return t.say("started: http://%s, pid %d", t.server.Address, t.server.Pid)
 }
 
 func cliStop(t *terminal) error {
@@ -138,15 +139,15 @@ func cliRestart(t *terminal) error {
 	if err != nil {
 		return fmt.Errorf("nothing was stopped, for it could not start again: %w", err)
 	}
-	if err = t.stop(); err == errNotRunning {
-		t.warnIf(true, "no server was running")
-		err = nil
-	}
-	if err == nil && t.on("force") && port > 0 {
-		err = t.freePort(port, false)
-	}
-	if err != nil {
+	err = t.stop()
+	t.warnIf(err == errNotRunning, "no server was running")
+	if err != nil && err != errNotRunning {
 		return err
+	}
+	if t.on("force") && port > 0 {
+		if err := t.freePort(port, false); err != nil {
+			return err
+		}
 	}
 	return t.launch(before)
 }
@@ -250,7 +251,18 @@ func cliShare(t *terminal) error {
 	if t.on("check") {
 		return t.tryHosts(hosts, port)
 	}
-	t.shareWarnings(bound, hosts)
+	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
+	t.warnIf(slices.Contains(t.changed(), "API_KEY"), "the running server wants another key than the one in .env, until: aexec restart")
+	t.warnIf(!t.start.enabled, "AGENT_EXEC_ENABLED is not true: every request is refused")
+	t.warnIf(t.settingsErr != nil, "nothing is allowed: %v", t.settingsErr)
+	a, _ := netip.ParseAddr(bound)
+	for _, host := range hosts {
+		t.warnIf(host != bound && (bound == "localhost" || a.Unmap().IsLoopback()),
+			"the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
+	}
+	for _, w := range t.warnings() {
+		t.warnIf(true, "%s", w)
+	}
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")
 	}
@@ -263,41 +275,25 @@ func cliShare(t *terminal) error {
 	return nil
 }
 
-func (t *terminal) shareWarnings(bound string, hosts []string) {
-	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
-	t.warnIf(slices.Contains(t.changed(), "API_KEY"), "the running server wants another key than the one in .env, until: aexec restart")
-	t.warnIf(!t.start.enabled, "AGENT_EXEC_ENABLED is not true: every request is refused")
-	t.warnIf(t.settingsErr != nil, "nothing is allowed: %v", t.settingsErr)
-	a, _ := netip.ParseAddr(bound)
-	for _, host := range hosts {
-		t.warnIf(host != bound && (bound == "localhost" || a.Unmap().IsLoopback()),
-			"the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
-	}
-	t.warn(t.warnings())
-}
-
 // tryHosts does what an agent would do first. The key goes only to where the guide was found.
 func (t *terminal) tryHosts(hosts []string, port string) (err error) {
+	hints := map[int]string{
+		0:                       "aexec status; is it bound to this address (--host, --public), and is a firewall between?",
+		http.StatusUnauthorized: "it refuses the key in .env: aexec restart, if the key is newer than the server",
+		http.StatusForbidden:    "it refuses this client's address: look at ip.allow and ip.deny in settings.json",
+	}
 	for _, host := range hosts {
-		address, path := net.JoinHostPort(host, port), "/SKILL.md"
-		code, body, failed := probeServer(address, path, nil)
-		if failed == nil && code == http.StatusOK {
-			path = "/api/acl"
-			code, body, failed = probeServer(address, path, t.start.key)
+		address := net.JoinHostPort(host, port)
+		code, body, problem := probeServer(address, "/SKILL.md", nil)
+		if problem == nil && code == http.StatusOK {
+			code, body, problem = probeServer(address, "/api/acl", t.start.key)
 		}
-		says := fmt.Sprintf("%s was answered with %d, %.200q\nhint: aexec status", path, code, body)
-		switch {
-		case failed != nil:
-			says = fmt.Sprintf("%v\nhint: aexec status; is it bound to this address (--host, --public), and is a firewall between?", failed)
-		case code == http.StatusUnauthorized:
-			says = "it refuses the key in .env\nhint: aexec restart, if the key is newer than the server"
-		case code == http.StatusForbidden:
-			says = "it refuses this client's address\nhint: look at ip.allow and ip.deny in settings.json"
-		case code == http.StatusOK:
+		if problem == nil && code == http.StatusOK {
 			t.say("http://%s: ok", address)
 			continue
 		}
-		t.say("http://%s: %s", address, says)
+		problem = cmp.Or(problem, fmt.Errorf("the answer is %d, %.200q", code, body))
+		t.say("http://%s: %v\nhint: %s", address, problem, cmp.Or(hints[code], "aexec status"))
 		err = exitStatus(1)
 	}
 	return err
