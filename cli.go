@@ -193,7 +193,8 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 	return c.run(t)
 }
 
-// parse reads flags and arguments by the command's help.
+// parse reads flags and arguments by the command's help: each line of a flag defines it, and one that stands in the line of
+// usage must be given.
 func (t *terminal) parse(c cliCommand, args []string) (err error) {
 	set := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	set.SetOutput(io.Discard)
@@ -245,12 +246,11 @@ func parseFlags(fs *flag.FlagSet, args []string, wraps bool) (positional []strin
 func (t *terminal) on(name string) bool { return t.flags[name] == "true" }
 
 func (t *terminal) number(name string, otherwise, most int) (int, error) {
-	text := cmp.Or(t.flags[name], strconv.Itoa(otherwise))
-	n, err := strconv.Atoi(text)
-	if err != nil || n < 0 || n > most {
-		return 0, usageError(fmt.Sprintf("%q is not a number from 0 to %d", text, most))
+	n, err := strconv.Atoi(cmp.Or(t.flags[name], strconv.Itoa(otherwise)))
+	if err == nil && n >= 0 && n <= most {
+		return n, nil
 	}
-	return n, nil
+	return 0, usageError(fmt.Sprintf("%q is not a number from 0 to %d", t.flags[name], most))
 }
 
 // helpText is one text of skills/_help.txt.
@@ -261,7 +261,8 @@ func helpText(name string) string {
 	return text
 }
 
-func (c cliCommand) help() string { return helpText(cmp.Or(c.name, "aexec")) }
+func (c cliCommand) help() string  { return helpText(cmp.Or(c.name, "aexec")) }
+func cliVersion(t *terminal) error { return t.say("agent-exec %s", version) }
 
 func cliHelp(t *terminal) error {
 	c, rest := findCommand(t.args)
@@ -271,8 +272,6 @@ func cliHelp(t *terminal) error {
 	_, err := io.WriteString(t.out, c.help())
 	return err
 }
-
-func cliVersion(t *terminal) error { return t.say("agent-exec %s", version) }
 
 // ---- how it is said
 

@@ -75,7 +75,7 @@ func cliStop(t *terminal) error {
 	case !t.from.portSet:
 		return t.stop()
 	case port == 0:
-		return usageError(fmt.Sprintf("\"0\" is not a number from 1 to %d", maxPort))
+		return usageError(`"0" is not a number from 1 to 65535`)
 	case !t.on("force"):
 		return usageError("--port kills whatever listens there: it takes --force as well")
 	default:
@@ -139,17 +139,17 @@ func cliRestart(t *terminal) error {
 	if err != nil {
 		return fmt.Errorf("nothing was stopped, for it could not start again: %w", err)
 	}
-	err = t.stop()
-	t.warnIf(err == errNotRunning, "no server was running")
-	if err != nil && err != errNotRunning {
-		return err
+	if err = t.stop(); err == errNotRunning {
+		err = nil
+		t.warnIf(true, "no server was running")
 	}
-	if t.on("force") && port > 0 {
-		if err := t.freePort(port, false); err != nil {
-			return err
-		}
+	if err == nil && t.on("force") && port > 0 {
+		err = t.freePort(port, false)
 	}
-	return t.launch(before)
+	if err == nil {
+		err = t.launch(before)
+	}
+	return err
 }
 
 func cliKeyRotate(t *terminal) error {
