@@ -11,6 +11,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log"
+	"maps"
 	"math"
 	"net"
 	"net/http"
@@ -171,49 +172,46 @@ func cliKeyRotate(t *terminal) error {
 
 // ---- what runs, and what is configured
 
-// fact is one line of status, or one for each text of a list.
-type fact struct {
-	name  string
-	value any
-}
-
 func cliStatus(t *terminal) error {
-	object := map[string]any{"running": t.running, "directory": t.dir}
-	lines := []string{pick(t.running, "running", "not running\thint: aexec start"), fmt.Sprintf("directory\t%q", t.dir)}
-	for _, f := range t.facts() {
-		object[f.name] = f.value
-		texts, isList := f.value.([]string)
+	status := t.facts()
+	text := fmt.Sprintf("%s\ndirectory\t%q", pick(t.running, "running", "not running\thint: aexec start"), t.dir)
+	for _, name := range slices.Sorted(maps.Keys(status)) {
+		lines, isList := status[name].([]string)
 		if !isList {
-			texts = []string{cmp.Or(fmt.Sprint(f.value), "none")}
+			lines = []string{cmp.Or(fmt.Sprint(status[name]), "none")}
 		}
-		label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(f.name, " $0"))
-		for _, text := range texts {
-			lines = append(lines, label+"\t"+strings.ReplaceAll(text, "\n", "; "))
+		label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(name, " $0"))
+		for _, line := range lines {
+			text += fmt.Sprintf("\n%s\t%s", label, strings.ReplaceAll(line, "\n", "; "))
 		}
 	}
-	return t.show(!t.running, 3, object, strings.Join(lines, "\n"))
+	status["running"], status["directory"] = t.running, t.dir
+	return t.show(!t.running, 3, status, text)
 }
 
-// facts is what runs, what lies on disk, and what is wrong with it.
-func (t *terminal) facts() (facts []fact) {
-	if info := t.server; t.running {
-		host, port, _ := net.SplitHostPort(info.Address)
-		code, _, err := probeServer(net.JoinHostPort(reachable(host), port), "/ping", nil)
-		facts = []fact{{"answers", err == nil && code == http.StatusOK}, {"pid", info.Pid}, {"address", info.Address}, {"version", info.Version},
-			{"started", info.Started.Format(time.RFC3339)}, {"uptime", time.Since(info.Started).Round(time.Second).String()},
-			{"needsRestart", append([]string{}, t.changed()...)}}
-	}
-	head := ""
+// facts is what lies on disk, what is wrong with it, and what runs.
+func (t *terminal) facts() map[string]any {
+	head, valid := "", errors.New("valid")
 	last, _ := tailAudit(t.audit, 3)
 	for _, line := range last {
 		if !line.Torn {
 			head = auditHead{line.Record.Seq, auditDigest([]byte(line.Raw))}.String()
 		}
 	}
-	valid := errors.New("valid")
-	return append(facts, fact{"enabled", t.start.enabled}, fact{"startup", cmp.Or(t.startErr, valid).Error()},
-		fact{"settings", cmp.Or(t.settingsErr, valid).Error()}, fact{"plugins", each(t.plugins, func(p *plugin) string { return p.Name })},
-		fact{"pluginProblems", each(t.problems, problemText)}, fact{"auditHead", head}, fact{"warnings", append([]string{}, t.warnings()...)})
+	facts := map[string]any{
+		"enabled": t.start.enabled, "startup": cmp.Or(t.startErr, valid).Error(), "settings": cmp.Or(t.settingsErr, valid).Error(),
+		"plugins": each(t.plugins, func(p *plugin) string { return p.Name }), "pluginProblems": each(t.problems, problemText),
+		"auditHead": head, "warnings": append([]string{}, t.warnings()...),
+	}
+	if info := t.server; t.running {
+		host, port, _ := net.SplitHostPort(info.Address)
+		code, _, err := probeServer(net.JoinHostPort(reachable(host), port), "/ping", nil)
+		maps.Copy(facts, map[string]any{
+			"answers": err == nil && code == http.StatusOK, "pid": info.Pid, "address": info.Address, "version": info.Version, "started": info.Started,
+			"uptime": time.Since(info.Started).Round(time.Second).String(), "needsRestart": append([]string{}, t.changed()...),
+		})
+	}
+	return facts
 }
 
 func cliConfig(t *terminal) error {
