@@ -174,6 +174,45 @@ func TestCLIHelp(t *testing.T) {
 	}
 }
 
+// TestCLIHelpAgrees: what lists commands says of each what its own help says, and its flags are all that it takes.
+func TestCLIHelpAgrees(t *testing.T) {
+	for _, c := range cliCommands() {
+		summary := strings.Split(c.help()+"\n\n", "\n")[2]
+		word, _, grouped := strings.Cut(c.name, " ")
+		lists := []string{helpText("aexec")}
+		if grouped && word != "audit" {
+			lists = append(lists, helpText(word))
+		}
+		for _, list := range lists {
+			if !regexp.MustCompile(`(?m)^  aexec ` + c.name + `  +` + regexp.QuoteMeta(summary) + `$`).MatchString(list) {
+				t.Errorf("%s: %q is not in\n%s", c.name, summary, list)
+			}
+		}
+		if c.run == nil || summary == "" {
+			t.Errorf("%s: no summary, or nothing to run", c.name)
+		}
+	}
+	if n := strings.Count(helpText("aexec"), "\n  aexec "); n != len(cliCommands()) {
+		t.Errorf("%d commands are listed, and there are %d", n, len(cliCommands()))
+	}
+}
+
+// TestCLIStoppedIsNotRoot: a server that is stopped runs as nobody, and the warning says what would be.
+func TestCLIStoppedIsNotRoot(t *testing.T) {
+	cliHome(t)
+	for _, line := range []string{"status", "share"} {
+		q := new(cliPlay).run(line)
+		said := q.out.String() + q.err.String()
+		if strings.Contains(said, "it runs as root") || strings.Contains(said, "it would run as root") != (os.Geteuid() == 0) {
+			t.Errorf("aexec %s: %s", line, said)
+		}
+	}
+	if os.Geteuid() == 0 {
+		cliStarted(t)
+		new(cliPlay).run("status").want(t, 0, "it runs as root", "")
+	}
+}
+
 func cmpOr(a, b string) string {
 	if a == "" {
 		return b
@@ -435,7 +474,7 @@ func TestCLIShareOnATerminal(t *testing.T) {
 		}
 	}
 	q := (&cliPlay{outTerm: true}).run("share", "--show-key", "--safe")
-	if q.code != 0 || q.out.String() != line+prompt+safetyNotes+line || strings.Contains(q.err.String(), "show it?") {
+	if q.code != 0 || q.out.String() != line+prompt+"\n"+helpText("safety notes")+line || strings.Contains(q.err.String(), "show it?") {
 		t.Errorf("--show-key: %s%s", &q.out, &q.err)
 	}
 	new(cliPlay).run("share", "--ip", "[2001:db8::1]").want(t, 0, "\nhttp://[2001:db8::1]:3333/SKILL.md\n", "not running")

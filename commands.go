@@ -9,11 +9,14 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"log"
+	"maps"
+	"math"
 	"net"
 	"net/http"
+	"net/netip"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -25,8 +28,9 @@ const (
 	stopWait   = 30 * time.Second // beyond killGraceMs of the commands that run
 	killWait   = 5 * time.Second  // after SIGKILL only the kernel can delay a process
 	auditShown = 20               // records that `aexec audit` shows
-	maxPort    = 65535
 )
+
+var errNotRunning = errors.New("not running\nhint: aexec start")
 
 // ---- the server as a process
 
@@ -44,85 +48,60 @@ func cliSetup(t *terminal) error {
 	return t.say("\nagents may run what %q allows: in a new setup, aexec --version\nnext: aexec start, then aexec share", t.paths.settings)
 }
 
-// startFlags reads the flags of start and restart, and writes them anew for a server in the background.
-func (t *terminal) startFlags() (f startupFlags, args []string, err error) {
-	if f.host = t.text("host"); t.on("public") {
-		if f.host != "" {
-			return f, nil, usageError("--public and --host exclude each other")
-		}
-		f.host = "0.0.0.0"
-	}
-	if f.host != "" {
-		args = append(args, "--host", f.host)
-	}
-	f.port, err = t.number("port", 0, maxPort, 0)
-	if f.portSet = t.text("port") != ""; f.portSet {
-		args = append(args, "--port", t.text("port"))
-	}
-	return f, args, err
-}
-
-func cliStart(t *terminal) error {
-	f, args, err := t.startFlags()
-	if err != nil {
-		return err
-	}
-	return t.launch(f, args, "")
-}
+func cliStart(t *terminal) error { return t.launch("") }
 
 // launch starts the server. before is the address of the one that it replaces, or "".
-func (t *terminal) launch(f startupFlags, args []string, before string) error {
-	if t.on("f") {
-		return serve(t.paths, f, log.New(t.err, "", log.LstdFlags))
+func (t *terminal) launch(before string) (err error) {
+	t.server, t.running = serverInfo{}, false
+	if !t.on("f") {
+		args := []string{"--host=" + t.from.host, "--port=" + t.flags["port"]} // empty is as if not given
+		if t.server, err = startBackground(t.paths, args); err != nil {
+			return err
+		}
+		t.running = true
+		for _, w := range t.warnings() {
+			t.warnIf(true, "%s", w)
+		}
 	}
-	info, err := startBackground(t.paths, args)
-	if err != nil {
-		return err
-	}
-	for _, w := range t.warnings(info.Address) {
-		t.warn("%s", w)
-	}
-	t.sayMove(before, info.Address)
-	return t.say("started: http://%s, pid %d", info.Address, info.Pid)
-}
-
-func (t *terminal) sayMove(before, now string) {
-	if before != "" && before != now {
+	if now := t.address(); before != "" && before != now {
 		t.say("the address changes from http://%s to http://%s", before, now)
 	}
+	if t.on("f") {
+		return serve(t.paths, t.from, log.New(t.err, "", log.LstdFlags))
+	}
+	return t.say("started: http://%s, pid %d", t.server.Address, t.server.Pid)
 }
 
 func cliStop(t *terminal) error {
-	port, err := t.number("port", 1, maxPort, 0)
-	switch {
-	case err != nil:
-		return err
-	case port != 0 && !t.on("force"):
+	switch port := t.from.port; {
+	case !t.from.portSet:
+		return t.stop()
+	case port == 0:
+		return usageError(`"0" is not a number from 1 to 65535`)
+	case !t.on("force"):
 		return usageError("--port kills whatever listens there: it takes --force as well")
-	case port != 0:
+	default:
 		return t.freePort(port, true)
 	}
-	was, err := t.stop()
-	if err == nil && !was {
-		err = errors.New("not running\nhint: aexec start")
-	}
-	return err
 }
 
-func (t *terminal) stop() (was bool, err error) {
+// stop ends the server; with --force also one that does not heed the signal.
+func (t *terminal) stop() error {
 	wait := stopWait
 	if t.settings != nil {
 		wait += t.settings.KillGrace
 	}
 	info, was, err := stopServer(t.paths, syscall.SIGTERM, wait)
 	if err != nil && was && t.on("force") {
-		t.warn("pid %d does not stop, and is killed: %v", info.Pid, err)
+		t.warnIf(true, "pid %d does not stop, and is killed: %v", info.Pid, err)
 		_, _, err = stopServer(t.paths, syscall.SIGKILL, killWait)
 	}
-	if err == nil && was {
-		t.say("stopped: pid %d", info.Pid)
+	if err != nil {
+		return err
+	} else if !was {
+		return errNotRunning
 	}
-	return was, err
+	return t.say("stopped: pid %d", info.Pid)
 }
 
 // freePort kills whatever listens on a port, naming it first.
@@ -143,39 +122,28 @@ func (t *terminal) freePort(port int, must bool) error {
 // cliRestart stops nothing before it knows that what is on disk can start again, and that nobody else has the port. (Whose
 // port it is cannot always be seen; then it is the start that fails.)
 func cliRestart(t *terminal) error {
-	f, args, err := t.startFlags()
-	if err != nil {
-		return err
-	}
-	before, _, err := findServer(t.paths)
-	if err != nil {
-		return err
-	}
-	start, err := loadStartup(t.paths, f)
-	err = errors.Join(err, t.startErrors())
-	if _, port, _ := net.SplitHostPort(before.Address); err == nil && start.port > 0 && port != strconv.Itoa(start.port) && !t.on("force") {
-		holders, _ := portHolders(t.paths, start.port)
+	err := errors.Join(t.startErr, t.settingsErr, pluginErrors(t.problems))
+	before, port := t.server.Address, t.start.port
+	if err == nil && port > 0 && !strings.HasSuffix(before, ":"+strconv.Itoa(port)) && !t.on("force") {
+		holders, _ := portHolders(t.paths, port)
 		for _, h := range holders {
-			err = fmt.Errorf("pid %d, %q, listens on port %d\nhint: aexec restart --force kills it", h.Pid, h.Name, start.port)
+			err = fmt.Errorf("pid %d, %q, listens on port %d\nhint: aexec restart --force kills it", h.Pid, h.Name, port)
 		}
 	}
 	if err != nil {
 		return fmt.Errorf("nothing was stopped, for it could not start again: %w", err)
 	}
-	was, err := t.stop()
-	if err == nil && !was {
-		t.warn("no server was running")
+	if err = t.stop(); err == errNotRunning {
+		err = nil
+		t.warnIf(true, "no server was running")
 	}
-	if err == nil && t.on("force") && start.port > 0 {
-		err = t.freePort(start.port, false)
+	if err == nil && t.on("force") && port > 0 {
+		err = t.freePort(port, false)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		err = t.launch(before)
 	}
-	if t.start = start; t.on("f") {
-		t.sayMove(before.Address, t.address(serverInfo{}))
-	}
-	return t.launch(f, args, before.Address)
+	return err
 }
 
 func cliKeyRotate(t *terminal) error {
@@ -184,13 +152,12 @@ func cliKeyRotate(t *terminal) error {
 		return err
 	}
 	t.say("a new key is in %q; aexec share prints it", t.env)
-	if start, err := loadStartup(t.paths, startupFlags{}); err == nil && start.key.id() != key.id() {
-		t.warn("API_KEY in the environment goes before .env: change it there too")
-	}
-	if _, running, err := findServer(t.paths); err != nil || !running {
+	t.start, t.startErr = loadStartup(t.paths, t.from)
+	t.warnIf(t.startErr == nil && t.start.key.id() != key.id(), "API_KEY in the environment goes before .env: change it there too")
+	t.server, t.running, err = findServer(t.paths)
+	if err != nil || !t.running {
 		return err
-	}
-	if t.on("restart") {
+	} else if t.on("restart") {
 		return cliRestart(t)
 	}
 	return t.say("the old key holds until: aexec restart")
@@ -199,168 +166,136 @@ func cliKeyRotate(t *terminal) error {
 // ---- what runs, and what is configured
 
 func cliStatus(t *terminal) error {
-	info, running, err := findServer(t.paths)
-	if err != nil {
-		return err
-	}
-	facts := []fact{{"running", running}}
-	if running {
-		code, _, err := probeServer(reachable(info.Address), "/ping", nil)
-		facts = append(facts, fact{"answers", err == nil && code == http.StatusOK}, fact{"pid", info.Pid}, fact{"address", info.Address}, fact{"version", info.Version},
-			fact{"started", info.Started.Format(time.RFC3339)}, fact{"uptime", time.Since(info.Started).Round(time.Second).String()}, fact{"needsRestart", append([]string{}, t.changed(info)...)})
-	}
-	facts = append(facts, t.facts(t.address(info))...)
-	object := map[string]any{}
-	for _, f := range facts {
-		object[f.name] = f.value
-	}
-	return exitIf(!running, 3, t.show(object, func(w io.Writer) {
-		if !running {
-			fmt.Fprintln(w, "not running\thint: aexec start")
-			facts = facts[1:]
+	status := t.facts()
+	text := fmt.Sprintf("%s\ndirectory\t%q", pick(t.running, "running", "not running\thint: aexec start"), t.dir)
+	for _, name := range slices.Sorted(maps.Keys(status)) {
+		lines, isList := status[name].([]string)
+		if !isList {
+			lines = []string{cmp.Or(fmt.Sprint(status[name]), "none")}
 		}
-		for _, f := range facts {
-			f.print(w)
+		label := strings.ToLower(regexp.MustCompile("[A-Z]").ReplaceAllString(name, " $0"))
+		for _, line := range lines {
+			text += fmt.Sprintf("\n%s\t%s", label, strings.ReplaceAll(line, "\n", "; "))
 		}
-	}))
+	}
+	status["running"], status["directory"] = t.running, t.dir
+	return t.show(!t.running, 3, status, text)
 }
 
-// facts is what lies on disk, and what is wrong with it.
-func (s *state) facts(address string) []fact {
-	key, head := "", ""
-	if s.start.key != nil {
-		key = s.start.key.id()
-	}
-	last, _ := tailAudit(s.auditFile(), 3)
+// facts is what lies on disk, what is wrong with it, and what runs.
+func (t *terminal) facts() map[string]any {
+	head, valid := "", errors.New("valid")
+	last, _ := tailAudit(t.audit, 3)
 	for _, line := range last {
 		if !line.Torn {
 			head = auditHead{line.Record.Seq, auditDigest([]byte(line.Raw))}.String()
 		}
 	}
-	plugins, problems := []string{}, []string{}
-	for _, p := range s.plugins {
-		plugins = append(plugins, p.Name)
+	facts := map[string]any{
+		"enabled": t.start.enabled, "startup": cmp.Or(t.startErr, valid).Error(), "settings": cmp.Or(t.settingsErr, valid).Error(),
+		"plugins": each(t.plugins, func(p *plugin) string { return p.Name }), "pluginProblems": each(t.problems, problemText),
+		"auditHead": head, "warnings": append([]string{}, t.warnings()...),
 	}
-	for _, p := range s.problems {
-		problems = append(problems, problemText(p))
+	if info := t.server; t.running {
+		host, port, _ := net.SplitHostPort(info.Address)
+		code, _, err := probeServer(net.JoinHostPort(reachable(host), port), "/ping", nil)
+		maps.Copy(facts, map[string]any{
+			"answers": err == nil && code == http.StatusOK, "pid": info.Pid, "address": info.Address, "version": info.Version, "started": info.Started,
+			"uptime": time.Since(info.Started).Round(time.Second).String(), "needsRestart": append([]string{}, t.changed()...),
+		})
 	}
-	return []fact{{"directory", quotedText(s.dir)}, {"enabled", s.start.enabled}, {"apiKey", key}, {"startup", validOr(s.startErr)}, {"settings", validOr(s.settingsErr)},
-		{"plugins", plugins}, {"pluginProblems", problems}, {"auditHead", head}, {"warnings", append([]string{}, s.warnings(address)...)}}
+	return facts
 }
 
 func cliConfig(t *terminal) error {
-	p, settings := t.paths, []settingInfo{}
-	p.audit = t.auditFile()
-	files := configFiles(p)
+	files, settings := configFiles(t.paths), []settingInfo{}
 	if t.settings != nil {
 		settings = t.settings.table()
 	}
-	return errors.Join(t.settingsErr, t.show(map[string]any{"files": files, "settings": settings}, func(w io.Writer) {
-		for _, f := range files {
-			fmt.Fprintf(w, "%q\t%s\t%s\n", f.Path, cmp.Or(f.Mode, "missing"), f.Problem)
-		}
-		fmt.Fprintln(w)
-		for _, row := range settings {
-			value, _ := json.Marshal(row.Value) // came from JSON
-			fmt.Fprintf(w, "%s\t%s\t%s\n", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
-		}
-	}))
+	lines := append(each(files, func(f fileInfo) string {
+		return fmt.Sprintf("%q\t%s\t%s", f.Path, cmp.Or(f.Mode, "missing"), f.Problem)
+	}), "")
+	lines = append(lines, each(settings, func(row settingInfo) string {
+		value, _ := json.Marshal(row.Value) // came from JSON
+		return fmt.Sprintf("%s\t%s\t%s", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
+	})...)
+	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
 }
 
 // ---- handing out access
 
 func cliShare(t *terminal) error {
-	if t.text("ip") != "" && (t.on("local") || t.on("all")) || t.on("local") && t.on("all") {
+	ip, local, all := t.flags["ip"], t.on("local"), t.on("all")
+	bound, port, _ := net.SplitHostPort(t.address())
+	switch {
+	case ip != "" && (local || all) || local && all:
 		return usageError("--ip, --local and --all exclude each other")
+	case t.startErr != nil:
+		return t.startErr
+	case port == "0":
+		return errors.New("the server is not running, and with PORT 0 its address is not known before\nhint: aexec start")
 	}
-	info, running, err := findServer(t.paths)
-	if err = cmp.Or(t.startErr, err); err == nil && !running && t.start.port == 0 {
-		err = errors.New("the server is not running, and with PORT 0 its address is not known before\nhint: aexec start")
-	}
-	if err != nil {
-		return err
-	}
-	bound, port, _ := net.SplitHostPort(t.address(info))
-	hosts, err := shareHosts(bound, t.text("ip"), t.on("local"), t.on("all"))
+	hosts, err := shareHosts(bound, ip, local, all)
 	if err != nil {
 		return err
 	}
 	if t.on("check") {
 		return t.tryHosts(hosts, port)
 	}
-	t.shareWarnings(info, bound, port, hosts)
+	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
+	t.warnIf(slices.Contains(t.changed(), "API_KEY"), "the running server wants another key than the one in .env, until: aexec restart")
+	t.warnIf(!t.start.enabled, "AGENT_EXEC_ENABLED is not true: every request is refused")
+	t.warnIf(t.settingsErr != nil, "nothing is allowed: %v", t.settingsErr)
+	a, _ := netip.ParseAddr(bound)
+	for _, host := range hosts {
+		t.warnIf(host != bound && (bound == "localhost" || a.Unmap().IsLoopback()),
+			"the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
+	}
+	for _, w := range t.warnings() {
+		t.warnIf(true, "%s", w)
+	}
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")
 	}
+	line := pick(t.outTerm, strings.Repeat("-", 60)+"\n", "")
 	for i, host := range hosts {
-		t.prompt("http://"+net.JoinHostPort(host, port), i > 0)
+		url := "http://" + net.JoinHostPort(host, port)
+		prompt := fmt.Sprintf("You have access to a machine through agent-exec.\nURL: %s\nAPI_KEY: %s\nStart here:\n%s/SKILL.md\n", url, t.start.key.text, url)
+		fmt.Fprint(t.out, pick(i > 0, "\n", ""), line, prompt, pick(t.on("safe"), "\n"+helpText("safety notes"), ""), line)
 	}
 	return nil
 }
 
-func (t *terminal) shareWarnings(info serverInfo, bound, port string, hosts []string) {
-	switch {
-	case info.Pid == 0:
-		t.warn("the server is not running; start it with: aexec start")
-	case slices.Contains(t.changed(info), "API_KEY"):
-		t.warn("the running server wants another key than the one in .env, until: aexec restart")
-	}
-	if !t.start.enabled {
-		t.warn("AGENT_EXEC_ENABLED is not true: every request is refused")
-	}
-	if t.settingsErr != nil {
-		t.warn("nothing is allowed: %v", t.settingsErr)
-	}
-	for _, host := range hosts {
-		if isLoopback(bound) && host != bound {
-			t.warn("the server listens on %s only: %s leads to it through a tunnel or proxy, or after: aexec restart --public", bound, host)
-		}
-	}
-	for _, w := range t.warnings(net.JoinHostPort(bound, port)) {
-		t.warn("%s", w)
-	}
-}
-
 // tryHosts does what an agent would do first. The key goes only to where the guide was found.
-func (t *terminal) tryHosts(hosts []string, port string) error {
-	bad := false
+func (t *terminal) tryHosts(hosts []string, port string) (err error) {
+	hints := map[int]string{
+		0:                       "aexec status; is it bound to this address (--host, --public), and is a firewall between?",
+		http.StatusUnauthorized: "it refuses the key in .env: aexec restart, if the key is newer than the server",
+		http.StatusForbidden:    "it refuses this client's address: look at ip.allow and ip.deny in settings.json",
+	}
 	for _, host := range hosts {
 		address := net.JoinHostPort(host, port)
-		problem := tryServer(address, "/SKILL.md", nil)
-		if problem == "" {
-			problem = tryServer(address, "/api/acl", t.start.key)
+		code, body, problem := probeServer(address, "/SKILL.md", nil)
+		if problem == nil && code == http.StatusOK {
+			code, body, problem = probeServer(address, "/api/acl", t.start.key)
 		}
-		t.say("http://%s: %s", address, cmp.Or(problem, "ok"))
-		bad = bad || problem != ""
+		if problem == nil && code == http.StatusOK {
+			t.say("http://%s: ok", address)
+			continue
+		}
+		problem = cmp.Or(problem, fmt.Errorf("the answer is %d, %.200q", code, body))
+		t.say("http://%s: %v\nhint: %s", address, problem, cmp.Or(hints[code], "aexec status"))
+		err = exitStatus(1)
 	}
-	return exitIf(bad, 1, nil)
-}
-
-func tryServer(address, path string, key *apiKey) (problem string) {
-	code, body, err := probeServer(address, path, key)
-	if err != nil {
-		return fmt.Sprintf("%v\nhint: aexec status; is it bound to this address (--host, --public), and is a firewall between?", err)
-	}
-	switch code {
-	case http.StatusOK:
-		return ""
-	case http.StatusUnauthorized:
-		return "it refuses the key in .env\nhint: aexec restart, if the key is newer than the server"
-	case http.StatusForbidden:
-		return "it refuses this client's address\nhint: look at ip.allow and ip.deny in settings.json"
-	}
-	return fmt.Sprintf("%s was answered with %d, %.200q\nhint: aexec status", path, code, body)
+	return err
 }
 
 // ---- the policy
 
 func cliACLList(t *terminal) error {
-	rules := append([]listedRule{}, t.snap.policy.rules()...)
-	return t.show(rules, func(w io.Writer) {
-		for _, r := range rules {
-			fmt.Fprintf(w, "%s\t%s\t%s\n", r.List, quoteRule(r.Rule), r.Source)
-		}
-		fmt.Fprintln(w, "deny\teverything else")
+	return showList(t, false, t.snap.policy.rules(), "deny\teverything else", func(r listedRule) string {
+		rule, _ := r.Rule.MarshalJSON() // strings always marshal
+		return fmt.Sprintf("%s\t%s\t%s", r.List, rule, r.Source)
 	})
 }
 
@@ -369,46 +304,39 @@ func cliACLCheck(t *terminal) error {
 		return err
 	}
 	_, d := t.snap.policy.decide(t.args)
-	return exitIf(!d.Allowed, 1, t.show(d, func(w io.Writer) {
-		by := "no rule allows it"
-		if d.Rule != "" {
-			by = fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
-		}
-		fmt.Fprintf(w, "%s: %s: %s\n", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args, " "), by)
-	}))
+	by := "no rule allows it"
+	if d.Rule != "" {
+		by = fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
+	}
+	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %s: %s", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args), by))
 }
 
 func cliACLDoctor(t *terminal) error {
-	findings := append([]finding{}, t.snap.policy.lint()...)
-	return exitIf(t.on("strict") && len(findings) > 0, 1, t.show(findings, func(w io.Writer) {
-		for _, f := range findings {
-			if f.Rule != "" {
-				fmt.Fprintf(w, "%s rule %q of %s: ", f.List, f.Rule, f.Source)
-			}
-			fmt.Fprintf(w, "%s (%s)\n", f.Message, f.Code)
-		}
-		fmt.Fprintf(w, "%d found; a deny list is a seat belt, the allow list is the boundary\n", len(findings))
-	}))
+	found := t.snap.policy.lint()
+	last := fmt.Sprintf("%d found; a deny list is a seat belt, the allow list is the boundary", len(found))
+	return showList(t, t.on("strict") && len(found) > 0, found, last, func(f finding) string {
+		about := fmt.Sprintf("%s rule %q of %s: ", f.List, f.Rule, f.Source)
+		return fmt.Sprintf("%s%s (%s)", pick(f.Rule != "", about, ""), f.Message, f.Code)
+	})
 }
 
 // cliACLEdit adds or removes a rule. What begins like an array of strings must be one; `[ -f *` does not.
-func cliACLEdit(remove bool) func(t *terminal) error {
-	return func(t *terminal) error {
-		r, list := ruleSpec{Text: t.args[0]}, pick(t.on("deny"), "deny", "allow")
-		if strings.HasPrefix(r.Text, `["`) {
-			if err := json.Unmarshal([]byte(r.Text), &r.Argv); err != nil {
-				return usageError(fmt.Sprintf("%q is not a JSON array of strings: %v", r.Text, err))
-			}
-			r.Text = ""
+func cliACLEdit(t *terminal) error {
+	r, list, remove := ruleSpec{Text: t.args[0]}, pick(t.on("deny"), "deny", "allow"), t.command == "acl remove"
+	if strings.HasPrefix(r.Text, `["`) {
+		if err := json.Unmarshal([]byte(r.Text), &r.Argv); err != nil {
+			return usageError(fmt.Sprintf("%q is not a JSON array of strings: %v", r.Text, err))
 		}
-		if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
-			return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", quoteRule(r), why)
-		}
-		if err := editRules(t.paths, list, r, remove, t.pluginRules()); err != nil {
-			return err
-		}
-		return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, quoteRule(r))
+		r.Text = ""
 	}
+	rule, _ := r.MarshalJSON() // strings always marshal
+	if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
+		return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", rule, why)
+	}
+	if err := editRules(t.paths, list, r, remove, pluginRules(t.plugins)); err != nil {
+		return err
+	}
+	return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, rule)
 }
 
 // ---- the audit log
@@ -416,23 +344,21 @@ func cliACLEdit(remove bool) func(t *terminal) error {
 const auditRow = "%6v  %-24v  %-17v  %-8v  %5v  %8v  %-15v  %s"
 
 func cliAudit(t *terminal) error {
-	n, err := t.number("n", 0, 1<<31-1, auditShown)
+	n, err := t.number("n", auditShown, math.MaxInt32)
 	if err != nil {
 		return err
 	}
-	show := t.sayRecord
-	if t.on("json") {
-		show = func(l auditLine) { t.say("%s", l.Raw) }
-	} else {
+	show := func(l auditLine) { t.say("%s", l.Raw) }
+	if !t.on("json") {
+		show = t.sayRecord
 		t.say(auditRow, "SEQ", "TIME", "EVENT", "DECISION", "EXIT", "DURATION", "IP", "COMMAND")
 	}
-	if t.on("f") {
-		return followAudit(context.Background(), t.auditFile(), n, show)
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if !t.on("f") {
+		cancel() // what is there, and no more
 	}
-	lines, err := tailAudit(t.auditFile(), n)
-	for _, l := range lines {
-		show(l)
-	}
+	err = followAudit(ctx, t.audit, n, show)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("nothing is recorded yet: %w\nhint: aexec start", err)
 	}
@@ -445,7 +371,7 @@ func (t *terminal) sayRecord(l auditLine) {
 		t.say("  torn: %q", l.Raw)
 		return
 	}
-	exit, took, what := r.Signal, "", quoteWords(r.Argv, " ")
+	exit, took, what := r.Signal, "", quoteWords(r.Argv)
 	if r.ExitCode != nil {
 		exit = strconv.Itoa(*r.ExitCode)
 	}
@@ -460,14 +386,14 @@ func (t *terminal) sayRecord(l auditLine) {
 
 func cliAuditVerify(t *terminal) error {
 	var want *auditHead
-	if text := t.text("head"); text != "" {
+	if text := t.flags["head"]; text != "" {
 		head, err := parseAuditHead(text)
 		if err != nil {
 			return usageError(err.Error())
 		}
 		want = &head
 	}
-	file := cmp.Or(strings.Join(t.args, ""), t.auditFile())
+	file := cmp.Or(strings.Join(t.args, ""), t.audit)
 	r, err := verifyAudit(file, want)
 	if err == nil && r.Broken > 0 {
 		err = fmt.Errorf("%q is broken at line %d: %s", file, r.Broken, r.Why)
@@ -475,110 +401,69 @@ func cliAuditVerify(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	t.say("ok: %d records", r.Records)
-	for _, note := range []struct {
-		count int
-		text  string
-	}{{int(r.Begins) - 1, "begins at %[2]d"}, {r.Torn, "torn lines, kept and covered: %[1]d"}, {r.Alarms, "alarms (audit_broken records): %[1]d"}} {
-		if note.count > 0 {
-			t.say(note.text, note.count, r.Begins)
-		}
-	}
-	return t.say("head %s", r.Head)
+	return t.say("ok: %d records\nbegins at %d, torn lines (kept and covered): %d, alarms (audit_broken records): %d\nhead %s",
+		r.Records, r.Begins, r.Torn, r.Alarms, r.Head)
 }
 
 // ---- plugins
 
 func cliPluginList(t *terminal) error {
-	infos := append([]*pluginInfo{}, surveyPlugins(t.paths, t.settings, true)...)
-	return t.show(infos, func(w io.Writer) {
-		for _, i := range infos {
-			fmt.Fprintf(w, "%q\t%s\t%s%s\t%q\t%q\n", i.Name, i.Type, pick(i.Enabled, "enabled", "disabled"), pick(i.usable(), "", ", broken"), i.Command, i.Description)
-		}
-		if len(infos) == 0 {
-			fmt.Fprintln(w, "no plugins\thint: aexec plugin create --name NAME --command C")
-		}
+	infos := surveyPlugins(t.paths, t.settings, true)
+	last := pick(len(infos) > 0, "", "no plugins\thint: aexec plugin create --name NAME --command C")
+	return showList(t, false, infos, last, func(i *pluginInfo) string {
+		state := pick(i.Enabled, "enabled", "disabled") + pick(i.usable(), "", ", broken")
+		return fmt.Sprintf("%q\t%s\t%s\t%q\t%q", i.Name, i.Type, state, i.Command, i.Description)
 	})
 }
 
-// pluginName is --name, which the plugin commands cannot do without.
-func (t *terminal) pluginName() (string, error) {
-	if t.text("name") == "" {
-		return "", usageError("--name is missing")
+func cliPluginEdit(t *terminal) (err error) {
+	name, done := t.flags["name"], ""
+	switch t.command {
+	case "plugin enable":
+		done, err = "enabled, from the next start on", enablePlugin(t.paths, t.settings, name)
+	case "plugin disable":
+		done, err = "disabled, at once; a restart unloads it for good", disablePlugin(t.paths, name)
+	case "plugin remove":
+		done, err = "removed; a restart unloads it for good", removePlugin(t.paths, t.settings, name)
 	}
-	return t.text("name"), nil
-}
-
-// cliPluginEdit is enable, disable and remove: edit changes the plugin, done says what that means.
-func cliPluginEdit(done string, edit func(p paths, s *settings, name string) error) func(t *terminal) error {
-	return func(t *terminal) error {
-		name, err := t.pluginName()
-		if err == nil {
-			err = edit(t.paths, t.settings, name)
-		}
-		if err != nil {
-			return err
-		}
-		return t.say("plugin %q: %s", name, done)
+	if err != nil {
+		return err
 	}
+	return t.say("plugin %q: %s", name, done)
 }
 
 func cliPluginDoctor(t *terminal) error {
-	problems := append([]pluginProblem{}, doctorPlugins(t.paths, t.settings)...)
+	problems := doctorPlugins(t.paths, t.settings)
 	bad := slices.ContainsFunc(problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
-	return exitIf(bad, 1, t.show(problems, func(w io.Writer) {
-		for _, p := range problems {
-			fmt.Fprintln(w, problemText(p))
-		}
-		fmt.Fprintf(w, "%d found\n", len(problems))
-	}))
+	return showList(t, bad, problems, fmt.Sprintf("%d found", len(problems)), problemText)
 }
 
-func cliPluginCreate(t *terminal) error {
-	name, err := t.pluginName()
-	if err == nil && t.text("command") == "" {
-		err = usageError("--command is missing")
-	}
-	if err != nil {
-		return err
-	}
+// cliPluginMake is plugin create and starterkit: each tool is asked about itself, and its settings are shown for review.
+func cliPluginMake(t *terminal) error {
 	r, err := newRunner(t.dir)
 	if err != nil {
 		return err
 	}
-	o := pluginOrder{Name: name, Command: t.text("command"), Type: cmp.Or(t.text("type"), "skill"), Force: t.on("force")}
-	made, err := createPlugin(t.paths, t.settings, o, false, toolProbe(context.Background(), r, t.snap))
-	if err == nil {
-		t.sayMade(made)
-		err = t.say("next: review its rules, then aexec restart")
-	}
-	return err
-}
-
-// sayMade tells what came of one tool, with the settings for review.
-func (t *terminal) sayMade(made pluginMade) {
-	t.say("%q: %s, asked for %s", made.Command, pick(made.Found, "found", "not found"), made.Took.Round(time.Millisecond))
-	if made.Settings != "" {
-		t.say("created the plugin %q in %q%s", made.Name, t.paths.plugins, pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made.Settings)))
-	}
-}
-
-func cliStarterKit(t *terminal) error {
-	r, err := newRunner(t.dir)
-	if err != nil {
-		return err
-	}
-	written, failed := 0, 0
-	starterKit(t.paths, t.settings, t.args, t.on("force"), toolProbe(context.Background(), r, t.snap), func(made pluginMade, err error) {
-		if err != nil {
-			failed++
-			fmt.Fprintf(t.err, "aexec: %q: %v\n", made.Name, err)
+	written := 0
+	progress := func(made pluginMade, failed error) {
+		if failed != nil {
+			fmt.Fprintf(t.err, "aexec: %q: %v\n", made.Name, failed)
+			err = exitStatus(1)
 			return
 		}
-		if t.sayMade(made); made.Settings != "" {
+		t.say("%q: %s, asked for %s", made.Command, pick(made.Found, "found", "not found"), made.Took.Round(time.Millisecond))
+		if made.Settings != "" {
 			written++
+			t.say("created the plugin %q in %q%s", made.Name, t.paths.plugins, pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made.Settings)))
 		}
-	})
+	}
+	probe := toolProbe(context.Background(), r, t.snap)
+	if t.command == "starterkit" {
+		starterKit(t.paths, t.settings, t.args, t.on("force"), probe, progress)
+	} else {
+		o := pluginOrder{t.flags["name"], t.flags["command"], cmp.Or(t.flags["type"], "skill"), t.on("force")}
+		progress(createPlugin(t.paths, t.settings, o, false, probe))
+	}
 	t.say("%d plugins made%s", written, pick(written > 0, "; review their rules, then: aexec restart", ""))
-	return exitIf(failed > 0, 1, nil)
+	return err
 }

@@ -120,17 +120,16 @@ func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
 	if err != nil {
 		return nil, err
 	}
-	found := state{}
-	found.plugins, found.problems = loadPlugins(p, plain)
-	if err := found.startErrors(); err != nil {
+	plugins, problems := loadPlugins(p, plain)
+	if err := pluginErrors(problems); err != nil {
 		return nil, err
 	}
-	store, err := openStore(p, found.pluginRules())
+	store, err := openStore(p, pluginRules(plugins))
 	if err != nil {
 		return nil, err
 	}
 	audit, err := openAudit(cmp.Or(plain.AuditFile, p.audit), plain.AuditEnabled, start.key)
-	return &server{start: start, store: store, audit: audit, plugins: found.plugins, log: logger, auditFile: p.audit}, err
+	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger, auditFile: p.audit}, err
 }
 
 // startWarnings names what makes this server more dangerous than it need be; for the log and for status.
