@@ -505,7 +505,7 @@ func cliAuditVerify(t *terminal) error {
 // ---- plugins
 
 func cliPluginList(t *terminal) error {
-	infos := append([]*pluginInfo{}, surveyPlugins(t.paths, t.settings, true)...)
+	infos := surveyPlugins(t.paths, t.settings, true)
 	return t.show(infos, func(w io.Writer) {
 		for _, i := range infos {
 			fmt.Fprintf(w, "%q\t%s\t%s%s\t%q\t%q\n", i.Name, i.Type, pick(i.Enabled, "enabled", "disabled"), pick(i.usable(), "", ", broken"), i.Command, i.Description)
@@ -539,7 +539,7 @@ func cliPluginEdit(done string, edit func(p paths, s *settings, name string) err
 }
 
 func cliPluginDoctor(t *terminal) error {
-	problems := append([]pluginProblem{}, doctorPlugins(t.paths, t.settings)...)
+	problems := doctorPlugins(t.paths, t.settings)
 	bad := slices.ContainsFunc(problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
 	return exitIf(bad, 1, t.show(problems, func(w io.Writer) {
 		for _, p := range problems {
@@ -571,7 +571,7 @@ func cliPluginCreate(t *terminal) error {
 }
 
 // sayMade tells what was made, with the settings for review.
-func (t *terminal) sayMade(made pluginMade) {
+func (t *terminal) sayMade(made pluginOrder) {
 	t.say("%q: %s, asked for %s", made.Command, pick(made.Found, "found", "not found"), made.Took.Round(time.Millisecond))
 	if made.Settings == "" {
 		return
@@ -588,7 +588,7 @@ func cliStarterKit(t *terminal) error {
 		return err
 	}
 	made, failed := 0, 0
-	starterKit(t.paths, t.settings, t.args, t.on("force"), toolProbe(context.Background(), r, t.snap), func(m pluginMade, err error) {
+	starterKit(t.paths, t.settings, t.args, t.on("force"), toolProbe(context.Background(), r, t.snap), func(m pluginOrder, err error) {
 		switch {
 		case err != nil:
 			failed++

@@ -81,7 +81,7 @@ func TestPluginLoads(t *testing.T) {
 	pluginWrite(t, p, "worker", `{"_why":"a comment","plugin":{"type":"exec","command":"g++","apiVersion":1,"invoke":"exec","before":"hooks/before","after":"hooks/x/after",
 		"routes":{"_":"a comment","GET /status":["g++","--version"],"POST /show/{id}/{how}":["g++","show","{id}","{how}","{}"]}}}`,
 		map[string]string{"hooks/before": "#!/bin/sh\n", "hooks/x/after": "#!/bin/sh\n"})
-	dir := pluginWrite(t, p, "zealot", `{"plugin":{"type":"trusted","command":"z","invoke":"run"}}`, nil)
+	pluginWrite(t, p, "zealot", `{"plugin":{"type":"trusted","command":"z","invoke":"run"}}`, nil)
 
 	loaded, problems := loadPlugins(p, &settings{PluginsMode: "auto"})
 	if len(problems) != 0 {
@@ -103,15 +103,14 @@ func TestPluginLoads(t *testing.T) {
 		{"POST /api/command/worker/show/{id}/{how}", []string{"g++", "show", "{id}", "{how}", "{}"}}}; !reflect.DeepEqual(worker.routes, want) {
 		t.Errorf("routes %q", worker.routes)
 	}
-	if worker.before != filepath.Join(p.plugins, "worker/hooks/before") || worker.after != filepath.Join(p.plugins, "worker/hooks/x/after") {
+	if worker.before != "hooks/before" || worker.after != "hooks/x/after" {
 		t.Errorf("hooks %q, %q", worker.before, worker.after)
 	}
 	if loaded[3].Description != "A tool to try plugins with." {
 		t.Errorf("description %q", loaded[3].Description)
 	}
-	if problems := doctorPlugins(p, &settings{}); len(problems) != 2 || !problems[0].Warning || problems[0].File != filepath.Join(p.plugins, "skilled/settings.json") ||
-		!problems[1].Warning || problems[1].File != filepath.Join(dir, "settings.json") {
-		t.Errorf("the doctor's problems, of which two remarks were expected: %+v", problems)
+	if problems := doctorPlugins(p, &settings{}); len(problems) != 0 {
+		t.Errorf("the doctor's problems: %+v", problems)
 	}
 }
 
@@ -207,27 +206,27 @@ func TestInvalidPlugins(t *testing.T) {
 		{with(`,"routes":{"GET /x":[]}`), `the route "GET /x" cannot be used`},
 		{with(`,"routes":{"GET /x":[""]}`), "cannot be used"},
 		{with(`,"routes":{"GET /x":["tool","a\u0000"]}`), "cannot be used"},
-		{with(`,"routes":{"/x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"get /x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"HEAD /x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"CONNECT /x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"GET x":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET example.org/x":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET  /x":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET /":["tool"]}`), `the path segment ""`},
-		{with(`,"routes":{"GET /x/":["tool"]}`), `the path segment ""`},
-		{with(`,"routes":{"GET /x//y":["tool"]}`), `the path segment ""`},
-		{with(`,"routes":{"GET /../exec":["tool"]}`), `the path segment ".."`},
-		{with(`,"routes":{"GET /%2e%2e/exec":["tool"]}`), `the path segment "%2e%2e"`},
-		{with(`,"routes":{"GET /{x...}":["tool"]}`), `the path segment "{x...}"`},
-		{with(`,"routes":{"GET /{$}":["tool"]}`), `the path segment "{$}"`},
-		{with(`,"routes":{"GET /a{x}":["tool"]}`), `the path segment "a{x}"`},
+		{with(`,"routes":{"/x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"get /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"HEAD /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"CONNECT /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET example.org/x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET  /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET /":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /x/":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /x//y":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /../exec":["tool"]}`), "unclean path"},
+		{with(`,"routes":{"GET /%2e%2e/exec":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /{x...}":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /{$}":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /a{x}":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /{1}":["tool"]}`), `bad wildcard name "1"`},
 		{with(`,"routes":{"GET /{x}/{x}":["tool"]}`), `duplicate wildcard name "x"`},
-		{with(`,"routes":{"GET /{x}":["tool","{y}"]}`), "{y} is no wildcard of the path"},
-		{with(`,"routes":{"GET /{x}":["{x}"]}`), "stands for the command itself"},
-		{with(`,"routes":{"GET /{x}":["tool","--id={x}"]}`), "{x} must be a whole argument"},
+		{with(`,"routes":{"GET /{x}":["tool","{y}"]}`), "a {name} of the path stands for a whole argument, and never for the command"},
+		{with(`,"routes":{"GET /{x}":["{x}"]}`), `"{x}": a {name} of the path stands for`},
+		{with(`,"routes":{"GET /{x}":["tool","--id={x}"]}`), `"--id={x}": a {name} of the path stands for`},
 		{with(`,"routes":{"GET /a/{x}":["tool"],"GET /{y}/b":["tool"]}`), "both match some paths"},
 		{with(`,"routes":{"GET /{x}":["tool"],"GET /{y}":["tool"]}`), "matches the same requests as"},
 	} {
@@ -417,16 +416,14 @@ func TestPluginsEnabled(t *testing.T) {
 func TestPluginAdvice(t *testing.T) {
 	p := pluginPaths(t)
 	pluginWrite(t, p, "nohead", `{}`, map[string]string{"SKILL.md": "# no head\n"})
-	pluginWrite(t, p, "twisted", `{}`, map[string]string{"SKILL.md": "---\nname: other\ndescription: d\n---\nsee references/gone.md, and references/here.md.\n", "references/here.md": ""})
-	pluginWrite(t, p, "wide", `{"plugin":{"type":"trusted","command":"w"},"exec":{"allow":["w *","w one"]}}`, nil)
-	if loaded, _ := loadPlugins(p, &settings{}); len(loaded) != 3 {
+	pluginWrite(t, p, "twisted", `{}`, map[string]string{"SKILL.md": "---\nname: other\ndescription: d\n---\n"})
+	if loaded, _ := loadPlugins(p, &settings{}); len(loaded) != 2 {
 		t.Errorf("advice keeps plugins from loading: %d", len(loaded))
 	}
 	problems := doctorPlugins(p, &settings{})
 	for name, want := range map[string][]string{
 		"nohead":  {"nohead/SKILL.md: "},
-		"twisted": {`has the name "other"`, `"references/gone.md"`},
-		"wide":    {"a trusted plugin is code", `the rule "w *" lets any option through`},
+		"twisted": {`has the name "other"`},
 	} {
 		said := pluginProblems(p, problems, name, true)
 		if strings.Count(said, "\n")+1 != len(want) {
@@ -442,7 +439,7 @@ func TestPluginAdvice(t *testing.T) {
 
 func TestPluginFingerprints(t *testing.T) {
 	p := pluginPaths(t)
-	dir := pluginWrite(t, p, "a", `{}`, map[string]string{"hooks/x": "1", "references/r.md": "r", "frozen": ""})
+	dir := pluginWrite(t, p, "a", `{"plugin":{"type":"exec","command":"a","before":"hooks/x"}}`, map[string]string{"hooks/x": "1", "references/r.md": "r", "frozen": ""})
 	pluginWrite(t, p, "b", `{}`, nil)
 	before := pluginFingerprints(p)
 	if len(before) != 2 || before["plugin:a"] == "" || before["plugin:a"] == before["plugin:b"] || !reflect.DeepEqual(before, pluginFingerprints(p)) {
@@ -452,7 +449,7 @@ func TestPluginFingerprints(t *testing.T) {
 	if !reflect.DeepEqual(before, pluginFingerprints(p)) {
 		t.Error("a file that is not read at start changes the fingerprint")
 	}
-	for _, file := range []string{"settings.json", "SKILL.md", "hooks/x", "references/r.md", "references/new.md"} {
+	for _, file := range []string{"SKILL.md", "hooks/x", "references/r.md", "references/new.md", "settings.json"} {
 		pluginMust(t, os.WriteFile(filepath.Join(dir, file), []byte("something else, and longer"), 0o600))
 		after := pluginFingerprints(p)
 		if after["plugin:a"] == before["plugin:a"] || after["plugin:b"] != before["plugin:b"] {
@@ -582,7 +579,7 @@ func TestRunHook(t *testing.T) {
 		"silent":        {"cat >/dev/null", "unchanged", ""},
 		"does not read": {"exit 0", "unchanged", ""},
 		"rewrites":      {`echo '{"args":["other"]}'`, `args ["other"]`, ""},
-		"sees it all":   {`grep -q '"args":\["tool","x"\],"originalArgs":\["tool"\],"request":{"method":"POST",.*"plugin":{"name":"p",' && echo '{"error":{"status":418,"code":"seen","message":"m"}}'`, "error 418", ""},
+		"sees it all":   {`grep -q '"args":\["tool","x"\],"originalArgs":\["tool"\],"plugin":{.*"name":"p",.*"request":{"method":"POST"' && echo '{"error":{"status":418,"code":"seen","message":"m"}}'`, "error 418", ""},
 		"exits 1":       {`echo '{"args":["other"]}'; echo why >&2; exit 1`, "", `"why\n"`},
 		"lies":          {"echo ok", "", "no answer"},
 		"is killed":     {"kill -9 $$", "", "SIGKILL"},
@@ -601,7 +598,7 @@ func TestRunHook(t *testing.T) {
 			if len(loaded) != 1 {
 				t.Fatal(problems)
 			}
-			in := hookInput{Args: []string{"tool", "x"}, OriginalArgs: []string{"tool"}, Request: hookRequest{Method: "POST"}, Plugin: hookPlugin{Name: "p"}}
+			in := map[string]any{"args": []string{"tool", "x"}, "originalArgs": []string{"tool"}, "request": map[string]any{"method": "POST"}}
 			out, err := loaded[0].runHook(t.Context(), "before", in, pluginRun(t))
 			got := "unchanged"
 			switch {
@@ -653,11 +650,11 @@ func TestHookIsTheFileThatWasChecked(t *testing.T) {
 			}
 			return outcome{end: endExit, exited: true}
 		}
-		if _, err := loaded[0].runHook(t.Context(), "after", hookInput{}, run); err != nil || ran != 1 {
+		if _, err := loaded[0].runHook(t.Context(), "after", map[string]any{}, run); err != nil || ran != 1 {
 			t.Fatalf("unchanged: %v, ran %d times", err, ran)
 		}
-		pluginMust(t, change(loaded[0].after))
-		if _, err := loaded[0].runHook(t.Context(), "after", hookInput{}, run); err == nil || ran != 1 {
+		pluginMust(t, change(filepath.Join(loaded[0].dir, loaded[0].after)))
+		if _, err := loaded[0].runHook(t.Context(), "after", map[string]any{}, run); err == nil || ran != 1 {
 			t.Errorf("%s: it ran all the same (%v)", name, err)
 		}
 	}
@@ -680,16 +677,16 @@ func TestExamplePlugins(t *testing.T) {
 		t.Errorf("the doctor says %+v", doctor)
 	}
 	tail := loaded[1]
-	out, err := tail.runHook(t.Context(), "before", hookInput{Args: []string{"tail"}}, pluginRun(t))
+	out, err := tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t))
 	if err != nil || !reflect.DeepEqual(out, hookOutput{}) {
 		t.Errorf("before: %+v, %v", out, err)
 	}
 	pluginMust(t, os.WriteFile(filepath.Join(tail.dir, "closed"), nil, 0o600))
-	if out, err = tail.runHook(t.Context(), "before", hookInput{Args: []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.Status != 409 {
+	if out, err = tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.Status != 409 {
 		t.Errorf("before, closed: %+v, %v", out, err)
 	}
 	for output, withheld := range map[string]bool{"all is well\n": false, "sshd: Failed Password for root\n": true} {
-		in := hookInput{Result: map[string]any{"output": output, "exitCode": 0, "status": "done", "duration": 3, "length": len(output)}}
+		in := map[string]any{"result": map[string]any{"output": output, "exitCode": 0, "status": "done", "duration": 3, "length": len(output)}}
 		if out, err = tail.runHook(t.Context(), "after", in, pluginRun(t)); err != nil || (out.Result != nil) != withheld {
 			t.Errorf("after, %q: %+v, %v", output, out, err)
 		} else if text, _ := out.Result["output"].(string); withheld && out.Result["length"] != int64(len(text)) {
@@ -851,7 +848,7 @@ func TestCreatePluginOverALink(t *testing.T) {
 	outside := filepath.Join(p.dir, "outside")
 	pluginMust(t, os.Mkdir(outside, 0o700))
 	pluginMust(t, os.WriteFile(filepath.Join(outside, "precious"), nil, 0o600))
-	for _, link := range []string{"x", ".new-x", ".old-x"} {
+	for _, link := range []string{"x", ".new-x"} {
 		pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, link)))
 	}
 	var asked []string
@@ -871,12 +868,10 @@ func TestCreatePluginOverALink(t *testing.T) {
 	}
 }
 
-// TestCreatePluginAfterACrash: whatever an interrupted create or remove left, the server starts, and the next create works.
+// TestCreatePluginAfterACrash: whatever an interrupted create left, the server starts, and the next create works.
 func TestCreatePluginAfterACrash(t *testing.T) {
 	p := pluginPaths(t)
-	for _, name := range []string{".new-x", ".old-x"} {
-		pluginWrite(t, p, name, `{"half`, nil)
-	}
+	pluginWrite(t, p, ".new-x", `{"half`, nil)
 	if loaded, problems := loadPlugins(p, &settings{}); len(loaded)+len(problems) != 0 {
 		t.Errorf("leftovers are loaded: %v, %+v", loaded, problems)
 	}
@@ -934,7 +929,7 @@ func TestStarterKit(t *testing.T) {
 	probe := toolProbe(t.Context(), theRunner(t), snap)
 	lines := map[string]string{}
 	var order []string
-	progress := func(made pluginMade, err error) {
+	progress := func(made pluginOrder, err error) {
 		order = append(order, made.Name)
 		lines[made.Name] = fmt.Sprint(made.Found, made.Settings != "", errors.Is(err, errPluginExists))
 		if err != nil && !errors.Is(err, errPluginExists) || made.Found && made.Took <= 0 {
@@ -979,7 +974,7 @@ func TestStarterKitWithRealTools(t *testing.T) {
 	p := pluginPaths(t)
 	snap := &snapshot{env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, pathDirs: filepath.SplitList(os.Getenv("PATH"))}
 	found := 0
-	starterKit(p, &settings{}, []string{"git", "go", "node", "npm", "sh"}, false, toolProbe(t.Context(), theRunner(t), snap), func(made pluginMade, err error) {
+	starterKit(p, &settings{}, []string{"git", "go", "node", "npm", "sh"}, false, toolProbe(t.Context(), theRunner(t), snap), func(made pluginOrder, err error) {
 		if err != nil {
 			t.Errorf("%s: %v", made.Name, err)
 		} else if made.Found {
