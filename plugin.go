@@ -12,7 +12,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/http"
 	"os"
@@ -38,7 +37,6 @@ const (
 	pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},"exec":{"allow":[],"deny":[]}}`
 
 	reservedPluginWords = "exec acl plugins skills private ping command aexec ae"
-	pluginTypes         = "skill exec trusted"
 	starterTools        = "claude codex gemini aider goose hermes openclaw opencode"
 	pluginNameChars     = "abcdefghijklmnopqrstuvwxyz0123456789-"
 	commandChars        = pluginNameChars + "ABCDEFGHIJKLMNOPQRSTUVWXYZ_.+"
@@ -79,8 +77,12 @@ type pluginProblem struct {
 	Warning bool   `json:"warning"`
 }
 
-func (p *plugin) note(file string, err error, warning bool) {
-	message := err.Error()
+// note keeps what is wrong with a file of the plugin's, if anything is.
+func (p *plugin) note(name string, err error, warning bool) {
+	if err == nil {
+		return
+	}
+	file, message := filepath.Join(p.dir, name), err.Error()
 	if errors.Is(err, fs.ErrNotExist) {
 		message = "there is no such file"
 	} else if strings.HasPrefix(message, file+":") { // with line and column
@@ -119,8 +121,8 @@ func surveyPlugins(p paths, s *settings, all bool) []*plugin {
 		err = checkTrustedDir(p.plugins)
 	}
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		nameless := &plugin{Enabled: true}
-		nameless.note(p.plugins, err, false)
+		nameless := &plugin{Enabled: true, dir: p.plugins}
+		nameless.note("", err, false)
 		return []*plugin{nameless}
 	}
 	for _, e := range entries {
@@ -135,10 +137,9 @@ func surveyPlugins(p paths, s *settings, all bool) []*plugin {
 			continue
 		}
 		pl := readPlugin(p, name)
-		if err := checkCommandFree(name, pl.Command, plugins); enabled && err != nil {
-			pl.note(filepath.Join(p.plugins, name, "settings.json"), err, false)
+		if pl.Enabled = enabled; enabled {
+			pl.note("settings.json", checkCommandFree(name, pl.Command, plugins), false)
 		}
-		pl.Enabled = enabled
 		plugins = append(plugins, pl)
 	}
 	return plugins
@@ -170,18 +171,17 @@ func checkPluginWord(what, word, chars string) error {
 
 // readPlugin reads and checks one plugin directory, going on after an error where that makes sense.
 func readPlugin(p paths, name string) *plugin {
-	dir := filepath.Join(p.plugins, name)
-	file, pl := filepath.Join(dir, "settings.json"), &plugin{Name: name}
-	err := checkPluginWord("name", name, pluginNameChars)
+	dir, data := filepath.Join(p.plugins, name), []byte{}
+	pl, err := &plugin{}, checkPluginWord("name", name, pluginNameChars)
 	if err == nil {
-		var data []byte
-		if data, _, err = readPluginFile(dir, "settings.json", false); err == nil {
-			pl, err = parsePlugin(name, file, data)
-		}
+		data, _, err = readPluginFile(dir, "settings.json", false)
+	}
+	if err == nil {
+		pl, err = parsePlugin(name, filepath.Join(dir, "settings.json"), data)
 	}
 	if err != nil {
-		pl = &plugin{Name: name} // nothing of what cannot be relied upon
-		pl.note(file, err, false)
+		pl = &plugin{Name: name, dir: dir} // nothing of what cannot be relied upon
+		pl.note("settings.json", err, false)
 		return pl
 	}
 	pl.dir, pl.hooks, pl.docs = dir, map[string]fileVersion{}, map[string][]byte{}
@@ -190,25 +190,21 @@ func readPlugin(p paths, name string) *plugin {
 		names = append(names, "public/SKILL.md")
 	}
 	for _, name := range append(names, "SKILL.md") {
-		if pl.docs[name], _, err = readPluginFile(dir, name, false); err != nil {
-			pl.note(filepath.Join(dir, name), err, false)
-		}
+		pl.docs[name], _, err = readPluginFile(dir, name, false)
+		pl.note(name, err, false)
 	}
 	for _, hook := range []string{pl.before, pl.after} {
-		if hook == "" {
-			continue
-		}
-		if _, pl.hooks[hook], err = readPluginFile(dir, hook, true); err != nil {
-			pl.note(filepath.Join(dir, hook), fmt.Errorf("the hook cannot be used: %w", err), false)
+		if hook != "" {
+			_, pl.hooks[hook], err = readPluginFile(dir, hook, true)
+			pl.note(hook, err, false)
 		}
 	}
 	title, description, err := frontmatter(pl.docs["SKILL.md"])
 	if err == nil && title != name {
 		err = fmt.Errorf("its frontmatter has the name %q, and agents expect %q, the directory's", title, name)
 	}
-	if pl.Description = description; err != nil {
-		pl.note(filepath.Join(dir, "SKILL.md"), err, true)
-	}
+	pl.note("SKILL.md", err, true)
+	pl.Description = description
 	return pl
 }
 
@@ -221,35 +217,22 @@ func readPluginFile(dir, name string, hook bool) (data []byte, version fileVersi
 			return nil, version, err
 		}
 	}
-	if info, err := os.Lstat(filepath.Join(dir, name)); err != nil {
-		return nil, version, err
-	} else if !info.Mode().IsRegular() {
-		return nil, version, errors.New("it is not a regular file, and links are not followed: put a copy there")
+	if !hook {
+		return readVersion(filepath.Join(dir, name), false)
 	}
-	f, err := os.OpenInRoot(dir, name)
+	f, err := openTrusted(filepath.Join(dir, name), 0)
 	if err != nil {
 		return nil, version, err
 	}
 	defer f.Close()
 	info, err := f.Stat()
-	if err = cmp.Or(err, checkTrustedFile(f, false)); err != nil {
-		return nil, version, err
+	if err = cmp.Or(err, checkTrustedFile(f, false)); err == nil {
+		version = versionOf(info)
 	}
-	if hook && info.Mode()&0o111 == 0 {
+	if err == nil && version.mode&0o111 == 0 {
 		err = errors.New("it is not executable: run chmod u+x")
-	} else if !hook {
-		data, err = io.ReadAll(io.LimitReader(f, maxConfigBytes))
 	}
-	if len(data) == maxConfigBytes {
-		err = fmt.Errorf("it is larger than %d bytes", maxConfigBytes-1)
-	}
-	return data, versionOf(info), err
-}
-
-// document gives one of the plugin's documents: "SKILL.md", "public/SKILL.md" or "references/FILE.md"; false if there is none such.
-func (p *plugin) document(name string) ([]byte, bool) {
-	data, ok := p.docs[name]
-	return data, ok
+	return nil, version, err
 }
 
 // pluginFingerprints gives a digest by "plugin:NAME" of all that is read of a plugin at start: a restart would bring what differs.
@@ -264,44 +247,36 @@ func pluginFingerprints(p paths) map[string]string {
 
 // ---- settings.json of a plugin
 
-// parsePlugin reads a plugin's settings.json; its errors begin with file:line:column. before and after are still as written.
+// parsePlugin reads a plugin's settings.json; its errors begin with file:line:column.
 func parsePlugin(name, file string, data []byte) (*plugin, error) {
 	r, err := readSettingNodes(file, pluginDefaults, data)
 	if err != nil {
 		return nil, err
 	}
-	text := func(key string) string { return r.string(key, anyText) }
-	p := &plugin{Name: name, Type: text("plugin.type"), Command: text("plugin.command"), Invoke: text("plugin.invoke"),
-		before: text("plugin.before"), after: text("plugin.after")}
+	text := func(key, pattern, want string) string {
+		return r.string(key, form{re: regexp.MustCompile(`^(` + pattern + `)$`), want: want})
+	}
+	const hookPath, hookWant = `|[^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*`, "a path inside the plugin's directory, such as hooks/before"
+	p := &plugin{Name: name, Type: text("plugin.type", "skill|exec|trusted", "skill, exec or trusted (system is reserved)"),
+		Command: r.string("plugin.command", anyText), Invoke: text("plugin.invoke", "exec|run", "exec or run"),
+		before: text("plugin.before", hookPath, hookWant), after: text("plugin.after", hookPath, hookWant)}
 	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: r.rules("exec.allow"), Deny: r.rules("exec.deny")}
 	r.number("plugin.apiVersion", 1, 1)
-	hooksOrRoutes := p.before != "" || p.after != "" || r.inFile["plugin.routes"]
-	documentsOnly := p.Type == "skill" && len(p.Rules.Allow) == 0 && !r.inFile["plugin.command"] // it is about no command
-	badCommand := checkPluginWord("command", p.Command, commandChars)
-	outside := func(key, hook string) bool {
-		return r.inFile[key] && (!fs.ValidPath(hook) || hook == "." || strings.ContainsFunc(hook, unicode.IsControl))
-	}
-	const notInside = "%q is not a path inside the plugin's directory, such as hooks/before"
-	for _, check := range []struct {
-		bad      bool
-		key, why string
-	}{
-		{p.Type == "system", "plugin.type", `"system" is reserved: use one of ` + pluginTypes},
-		{!slices.Contains(strings.Fields(pluginTypes), p.Type), "plugin.type", fmt.Sprintf("unknown type %q: use one of %s", p.Type, pluginTypes)},
-		{p.Invoke != "exec" && p.Invoke != "run", "plugin.invoke", fmt.Sprintf("unknown invoke %q: use exec or run", p.Invoke)},
-		{p.Invoke == "run" && p.Type != "trusted", "plugin.invoke", `"run" goes with "type":"trusted" only`},
-		{badCommand != nil && !documentsOnly, "plugin.command", fmt.Sprint(badCommand)},
-		{p.Type == "skill" && hooksOrRoutes, "plugin.type", "a skill plugin has neither hooks nor routes: use exec"},
-		{outside("plugin.before", p.before), "plugin.before", fmt.Sprintf(notInside, p.before)},
-		{outside("plugin.after", p.after), "plugin.after", fmt.Sprintf(notInside, p.after)},
-	} {
+	wrong := func(key string, err error) {
 		at := 0 // the start of a file that does not have the key
-		if r.inFile[check.key] {
-			at = r.nodes[check.key].start
+		if r.inFile[key] {
+			at = r.nodes[key].start
 		}
-		if check.bad {
-			r.fail(at, check.key, "%s", check.why)
-		}
+		r.fail(at, key, "%v", err)
+	}
+	if p.Invoke == "run" && p.Type != "trusted" {
+		wrong("plugin.invoke", errors.New(`"run" goes with "type":"trusted" only`))
+	}
+	if err := checkPluginWord("command", p.Command, commandChars); err != nil && (p.Type != "skill" || p.Rules.Allow != nil || r.inFile["plugin.command"]) {
+		wrong("plugin.command", err) // only a skill may be about no command, and then allows none
+	}
+	if p.Type == "skill" && (p.before+p.after != "" || r.inFile["plugin.routes"]) {
+		wrong("plugin.type", errors.New("a skill plugin has neither hooks nor routes: use exec"))
 	}
 	_, err = compilePolicy([]ruleSet{p.Rules}) // by themselves, so that an error has its place here
 	if bad, ok := errors.AsType[*ruleError](err); ok {
@@ -309,28 +284,25 @@ func parsePlugin(name, file string, data []byte) (*plugin, error) {
 	}
 	mux, routes := http.NewServeMux(), r.nodes["plugin.routes"]
 	for i, key := range routes.keys {
-		if method, rest, _ := strings.Cut(key, " "); !strings.HasPrefix(key, "_") { // else it is a comment
-			route := pluginRoute{method + " /api/command/" + name + rest, nodeStrings(routes.items[i])}
-			if err := route.register(mux, key, rest); err != nil {
-				r.fail(routes.keyAt[i], "plugin.routes", "the route %q cannot be used: %v", key, err)
-			}
-			p.routes = append(p.routes, route)
+		if strings.HasPrefix(key, "_") {
+			continue // a comment
 		}
+		route := pluginRoute{strings.Replace(key, " ", " /api/command/"+name, 1), nodeStrings(routes.items[i])}
+		if err := route.register(mux, key); err != nil {
+			r.fail(routes.keyAt[i], "plugin.routes", "the route %q cannot be used: %v", key, err)
+		}
+		p.routes = append(p.routes, route)
 	}
 	return p, r.err
 }
 
-// nodeStrings gives an array of strings, nil if it is something else.
-func nodeStrings(n *node) []string {
-	texts := []string{}
+// nodeStrings gives an array of strings, nil if it is something else or empty.
+func nodeStrings(n *node) (texts []string) {
 	for _, item := range n.items {
-		if item.kind != '"' || item.surrogate {
+		if n.kind != '[' || item.kind != '"' || item.surrogate {
 			return nil
 		}
 		texts = append(texts, item.str)
-	}
-	if n.kind != '[' {
-		return nil
 	}
 	return texts
 }
@@ -342,8 +314,8 @@ var (
 )
 
 // register tries the route, which the file has as key, with the others. What net/http finds wrong, it panics about.
-func (r pluginRoute) register(mux *http.ServeMux, key, path string) (err error) {
-	segments := strings.Split(path, "/")
+func (r pluginRoute) register(mux *http.ServeMux, key string) (err error) {
+	segments := strings.Split(key, "/")
 	for i, arg := range r.Argv {
 		partly := func(s string) bool {
 			return routeWildcard.MatchString(s) && strings.Contains(arg, s) && (i == 0 || arg != s)
@@ -501,16 +473,13 @@ func doctorPlugins(p paths, s *settings) []pluginProblem {
 
 // enablePlugin and disablePlugin edit settings.json. Only what the server can start with is enabled.
 func enablePlugin(p paths, s *settings, name string) error {
-	err := checkPluginDir(p, name)
+	pl := readPlugin(p, name)
+	err := cmp.Or(checkPluginDir(p, name), checkCommandFree(name, pl.Command, surveyPlugins(p, s, false)))
+	if err == nil && !pl.usable() {
+		err = fmt.Errorf("the plugin %q cannot be used as it is: aexec plugin doctor says why", name)
+	}
 	if err != nil {
 		return err
-	}
-	pl := readPlugin(p, name)
-	if err := checkCommandFree(name, pl.Command, surveyPlugins(p, s, false)); err != nil {
-		return err
-	}
-	if !pl.usable() {
-		return fmt.Errorf("the plugin %q cannot be used as it is: aexec plugin doctor says why", name)
 	}
 	return editPluginState(p, name, true)
 }
@@ -523,11 +492,9 @@ func disablePlugin(p paths, name string) error {
 }
 
 func checkPluginDir(p paths, name string) error {
-	if err := checkPluginWord("name", name, pluginNameChars); err != nil {
-		return err
-	}
-	if info, err := os.Lstat(filepath.Join(p.plugins, name)); err != nil || !info.IsDir() {
-		return fmt.Errorf("there is no plugin %q in %s: aexec plugin list shows what there is", name, p.plugins)
+	info, err := os.Lstat(filepath.Join(p.plugins, name))
+	if err != nil || !info.IsDir() || checkPluginWord("name", name, pluginNameChars) != nil {
+		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
 	}
 	return nil
 }
@@ -586,11 +553,8 @@ func starterKit(p paths, s *settings, names []string, force bool, probe probeFun
 
 // createPlugin asks the tool and writes a plugin about it. A tool that is not there gets a plugin without rules, unless mustBe.
 func createPlugin(p paths, s *settings, o pluginOrder, mustBe bool, probe probeFunc) (pluginOrder, error) {
-	err := cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), checkPluginWord("command", o.Command, commandChars),
-		checkTrustedDir(p.plugins), checkCommandFree(o.Name, o.Command, surveyPlugins(p, s, false)))
-	if err == nil && !slices.Contains(strings.Fields(pluginTypes), o.Type) {
-		err = fmt.Errorf("%q is not a type of plugin: use one of %s", o.Type, pluginTypes)
-	}
+	_, err := parsePlugin(o.Name, "settings.json", fmt.Appendf(nil, `{"plugin":{"type":%q,"command":%q}}`, o.Type, o.Command))
+	err = cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), err, checkTrustedDir(p.plugins), checkCommandFree(o.Name, o.Command, surveyPlugins(p, s, false)))
 	dir := filepath.Join(p.plugins, o.Name)
 	if _, missing := os.Lstat(dir); err == nil && missing == nil && !o.Force {
 		err = errPluginExists

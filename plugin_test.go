@@ -122,18 +122,18 @@ func TestPluginDocuments(t *testing.T) {
 		t.Fatal("not loaded")
 	}
 	for name, want := range map[string]string{"references/a.md": "A", "public/SKILL.md": "P", "SKILL.md": strings.ReplaceAll(pluginTestSkill, "NAME", "notes")} {
-		if got, ok := loaded[0].document(name); !ok || string(got) != want {
+		if got, ok := loaded[0].docs[name]; !ok || string(got) != want {
 			t.Errorf("document %q is %q, %v", name, got, ok)
 		}
 	}
 	for _, name := range []string{"", "settings.json", "references/b.txt", "references/x/c.md", "public/more.md", "references/../settings.json", "./SKILL.md",
 		"../notes/SKILL.md", filepath.Join(p.plugins, "notes/SKILL.md"), "references/a.md\x00", "references\\a.md", "References/a.md"} {
-		if got, ok := loaded[0].document(name); ok {
+		if got, ok := loaded[0].docs[name]; ok {
 			t.Errorf("document %q is served: %q", name, got)
 		}
 	}
 	pluginMust(t, os.WriteFile(filepath.Join(p.plugins, "notes/SKILL.md"), []byte("changed"), 0o600))
-	if got, _ := loaded[0].document("SKILL.md"); string(got) == "changed" {
+	if got, _ := loaded[0].docs["SKILL.md"]; string(got) == "changed" {
 		t.Error("a document follows its file without a restart")
 	}
 }
@@ -153,10 +153,10 @@ func TestInvalidPlugins(t *testing.T) {
 		{`{"exec":{"tests":{}}}`, `"exec.tests": is not a setting`},
 		{`{"ip":{"allow":"*"}}`, `"ip": is not a setting`},
 		{`{"plugin":{"type":null}}`, ":1:19: plugin.type: is null and must be a string"},
-		{`{"plugin":{"type":"daemon","command":"tool"}}`, `:1:19: plugin.type: unknown type "daemon"`},
-		{`{"plugin":{"type":"","command":"tool"}}`, `unknown type ""`},
-		{`{"plugin":{"type":"system","command":"tool"}}`, `:1:19: plugin.type: "system" is reserved`},
-		{with(`,"invoke":"shell"`), `plugin.invoke: unknown invoke "shell"`},
+		{`{"plugin":{"type":"daemon","command":"tool"}}`, `:1:19: plugin.type: is "daemon" and must be skill, exec or trusted`},
+		{`{"plugin":{"type":"","command":"tool"}}`, `plugin.type: is "" and must be`},
+		{`{"plugin":{"type":"system","command":"tool"}}`, `:1:19: plugin.type: is "system" and must be skill, exec or trusted (system is reserved)`},
+		{with(`,"invoke":"shell"`), `plugin.invoke: is "shell" and must be exec or run`},
 		{with(`,"invoke":"run"`), `plugin.invoke: "run" goes with "type":"trusted" only`},
 		{`{"plugin":{"invoke":"run"}}`, `"type":"trusted" only`},
 		{`{"plugin":{"apiVersion":2}}`, ":1:25: plugin.apiVersion: "},
@@ -188,18 +188,17 @@ func TestInvalidPlugins(t *testing.T) {
 		{`{"plugin":{"command":"tool"},"exec":{"deny":"tool"}}`, `exec.deny: is "tool" and must be an array`},
 		{`{"plugin":{"command":"tool","before":"hooks/ok"}}`, "a skill plugin has neither hooks nor routes"},
 		{`{"plugin":{"command":"tool","routes":{}}}`, "a skill plugin has neither hooks nor routes"},
-		{with(`,"before":""`), `plugin.before: "" is not a path inside`},
-		{with(`,"before":"/bin/sh"`), `plugin.before: "/bin/sh" is not a path inside`},
-		{with(`,"before":"../good/hooks/ok"`), "is not a path inside"},
-		{with(`,"after":"hooks/../../good/hooks/ok"`), "is not a path inside"},
-		{with(`,"after":"./hooks/ok"`), "is not a path inside"},
-		{with(`,"after":"."`), "is not a path inside"},
+		{with(`,"before":"/bin/sh"`), `plugin.before: is "/bin/sh" and must be a path inside`},
+		{with(`,"before":"../good/hooks/ok"`), "must be a path inside"},
+		{with(`,"after":"hooks/../../good/hooks/ok"`), "must be a path inside"},
+		{with(`,"after":"./hooks/ok"`), "must be a path inside"},
+		{with(`,"after":"."`), "must be a path inside"},
 		{with(`,"after":"hooks/ok\u0000"`), "plugin.after: "},
-		{with(`,"after":"hooks/ok\n"`), "is not a path inside"},
+		{with(`,"after":"hooks/ok\n"`), "must be a path inside"},
 		{with(`,"before":"hooks/none"`), "hooks/none: "},
-		{with(`,"before":"hooks"`), "/hooks: the hook cannot be used: it is not a regular file"},
+		{with(`,"before":"hooks"`), "/hooks is not a regular file"},
 		{with(`,"before":"SKILL.md"`), "it is not executable"},
-		{with(`,"before":"hooks/ok/x"`), "hooks/ok/x: the hook cannot be used"},
+		{with(`,"before":"hooks/ok/x"`), "hooks/ok/x: "},
 		{with(`,"routes":["GET /x"]`), "plugin.routes: is an array and must be an object"},
 		{with(`,"routes":{"GET /x":"tool"}`), "a route leads to an array of strings"},
 		{with(`,"routes":{"GET /x":["tool",1]}`), "a route leads to an array of strings"},
@@ -308,8 +307,8 @@ func TestPluginStrictModes(t *testing.T) {
 		"directory world-writable":     {chmod(0o702, ""), "mode 0702"},
 		"settings group-writable":      {chmod(0o660, "settings.json"), "settings.json: "},
 		"SKILL.md world-writable":      {chmod(0o602, "SKILL.md"), "SKILL.md: "},
-		"hook group-writable":          {chmod(0o770, "hooks/before"), "hooks/before: the hook cannot be used"},
-		"hooks/ world-writable":        {chmod(0o707, "hooks"), "hooks/before: the hook cannot be used"},
+		"hook group-writable":          {chmod(0o770, "hooks/before"), "hooks/before: "},
+		"hooks/ world-writable":        {chmod(0o707, "hooks"), "hooks/before: "},
 		"references/ group-writable":   {chmod(0o770, "references"), "references/a.md: "},
 		"hook not executable":          {chmod(0o600, "hooks/before"), "chmod u+x"},
 		"settings a link":              {link("settings.json", "settings.json.real"), "settings.json: "},
@@ -318,9 +317,9 @@ func TestPluginStrictModes(t *testing.T) {
 		"reference a link out":         {link("references/a.md", "../../../settings.json"), "references/a.md: "},
 		"references/ a link out":       {link("references", "../../elsewhere"), "references/a.md: "},
 		"public/ a link out":           {link("public", "/etc"), "public/SKILL.md: "},
-		"hook a link out":              {link("hooks/before", "/bin/sh"), "hooks/before: the hook cannot be used"},
-		"hook a link within":           {link("hooks/before", "before.real"), "hooks/before: the hook cannot be used"},
-		"hooks/ a link":                {link("hooks", "hooks.real"), "hooks/before: the hook cannot be used"},
+		"hook a link out":              {link("hooks/before", "/bin/sh"), "hooks/before: "},
+		"hook a link within":           {link("hooks/before", "before.real"), "hooks/before: "},
+		"hooks/ a link":                {link("hooks", "hooks.real"), "hooks/before: "},
 		"settings a FIFO":              {instead("settings.json", fifo), "not a regular file"},
 		"SKILL.md a FIFO":              {instead("SKILL.md", fifo), "not a regular file"},
 		"reference a FIFO":             {instead("references/a.md", fifo), "not a regular file"},
@@ -329,8 +328,8 @@ func TestPluginStrictModes(t *testing.T) {
 		"settings missing":             {instead("settings.json", func(string) error { return nil }), "settings.json: there is no such file"},
 		"SKILL.md missing":             {instead("SKILL.md", func(string) error { return nil }), "SKILL.md: there is no such file"},
 		"SKILL.md a device":            {link("SKILL.md", "/dev/zero"), "SKILL.md: "},
-		"SKILL.md too large":           {instead("SKILL.md", huge), "larger than"},
-		"settings too large":           {instead("settings.json", huge), "larger than"},
+		"SKILL.md too large":           {instead("SKILL.md", huge), "is larger than"},
+		"settings too large":           {instead("settings.json", huge), "is larger than"},
 		"the directory itself a link":  {func(dir string) error { return errors.Join(os.Rename(dir, dir+"-real"), os.Symlink(dir+"-real", dir)) }, "symbolic link"},
 		"the directory itself no such": {func(dir string) error { return errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)) }, "not a directory"},
 	}
@@ -777,7 +776,7 @@ func pluginCheckMade(t *testing.T, p paths, name string) *plugin {
 	pl := loaded[i]
 	pol, err := compilePolicy([]ruleSet{pl.Rules})
 	pluginMust(t, err)
-	doc, _ := pl.document("SKILL.md")
+	doc, _ := pl.docs["SKILL.md"]
 	if !strings.HasPrefix(string(doc), "---\nname: "+name+"\ndescription: ") || strings.ContainsAny(string(doc), "{}") != (len(pl.Rules.Allow) > 0) {
 		t.Errorf("SKILL.md is %s", doc)
 	}
@@ -894,7 +893,7 @@ func TestUsageIsSafe(t *testing.T) {
 	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, false, probe); err != nil {
 		t.Fatal(err)
 	}
-	usage, _ := pluginCheckMade(t, p, "x").document("references/usage.md")
+	usage, _ := pluginCheckMade(t, p, "x").docs["references/usage.md"]
 	text := string(usage)
 	for _, c := range text {
 		if c < ' ' && c != '\n' && c != '\t' || c >= 0x7f && c < 0xa0 || c == '\u202e' || c == '\u2066' {

@@ -1337,7 +1337,7 @@ func (s *server) readSkills() error {
 func (c *call) publicSkills() []document {
 	all := slices.Clone(c.s.skills)
 	for _, p := range c.s.plugins {
-		if doc, ok := p.document("public/SKILL.md"); ok && !c.snap.disabled(p.Name) {
+		if doc, ok := p.docs["public/SKILL.md"]; ok && !c.snap.disabled(p.Name) {
 			all = append(all, document{name: p.Name, description: p.Description, markdown: doc})
 		}
 	}
@@ -1380,7 +1380,7 @@ func (c *call) reference() *apiError { return c.pluginDocument("references/" + c
 func (c *call) pluginDocument(file string) *apiError {
 	for _, p := range c.s.plugins {
 		if p.Name == c.r.PathValue("name") && !c.snap.disabled(p.Name) {
-			if doc, ok := p.document(file); ok {
+			if doc, ok := p.docs[file]; ok {
 				return c.document(document{markdown: doc})
 			}
 		}
