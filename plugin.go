@@ -47,20 +47,19 @@ var pluginTemplate embed.FS
 
 // plugin is one plugin as it lies on disk; the server has only those that are usable.
 type plugin struct {
-	Name        string          `json:"name"`
-	Description string          `json:"description"` // of SKILL.md's frontmatter, one line
-	Type        string          `json:"type"`        // skill, exec, trusted
-	Command     string          `json:"command"`     // "" for one that has none
-	Invoke      string          `json:"-"`           // exec or run
-	Enabled     bool            `json:"enabled"`     // by the settings
-	Problems    []pluginProblem `json:"problems,omitempty"`
-	Rules       ruleSet         `json:"-"`
-	routes      []pluginRoute
-	before      string // path of the hook in dir, "" if none
-	after       string
-	dir         string                 // absolute
-	hooks       map[string]fileVersion // by path in dir: the file that was checked, and the only one that runs
-	docs        map[string][]byte      // by path in dir, as at start
+	Name          string          `json:"name"`
+	Description   string          `json:"description"` // of SKILL.md's frontmatter, one line
+	Type          string          `json:"type"`        // skill, exec, trusted
+	Command       string          `json:"command"`     // "" for one that has none
+	Invoke        string          `json:"-"`           // exec or run
+	Enabled       bool            `json:"enabled"`     // by the settings
+	Problems      []pluginProblem `json:"problems,omitempty"`
+	Rules         ruleSet         `json:"-"`
+	routes        []pluginRoute
+	before, after string                 // paths of the hooks in dir, "" if none
+	dir           string                 // absolute
+	hooks         map[string]fileVersion // by path in dir: the file that was checked, and the only one that runs
+	docs          map[string][]byte      // by path in dir, as at start
 }
 
 // pluginRoute is one METHOD /path pattern of net/http (already with its /api/command/NAME prefix) and the argv template it leads to.
@@ -96,8 +95,6 @@ func (p *plugin) usable() bool {
 	return !slices.ContainsFunc(p.Problems, func(problem pluginProblem) bool { return !problem.Warning })
 }
 
-// ---- loading
-
 // loadPlugins loads every enabled plugin of the directory. Those that are not usable are named in the second result alone.
 func loadPlugins(p paths, s *settings) (loaded []*plugin, problems []pluginProblem) {
 	for _, pl := range surveyPlugins(p, s, false) {
@@ -117,10 +114,7 @@ func surveyPlugins(p paths, s *settings, all bool) []*plugin {
 		names = slices.Clone(s.PluginsEnabled) // one that is not there is an error
 	}
 	entries, err := os.ReadDir(p.plugins)
-	if err == nil {
-		err = checkTrustedDir(p.plugins)
-	}
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err = cmp.Or(checkTrustedDir(p.plugins), err); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		nameless := &plugin{Enabled: true, dir: p.plugins}
 		nameless.note("", err, false)
 		return []*plugin{nameless}
@@ -245,8 +239,6 @@ func pluginFingerprints(p paths) map[string]string {
 	return prints
 }
 
-// ---- settings.json of a plugin
-
 // parsePlugin reads a plugin's settings.json; its errors begin with file:line:column.
 func parsePlugin(name, file string, data []byte) (*plugin, error) {
 	r, err := readSettingNodes(file, pluginDefaults, data)
@@ -262,21 +254,19 @@ func parsePlugin(name, file string, data []byte) (*plugin, error) {
 		before: text("plugin.before", hookPath, hookWant), after: text("plugin.after", hookPath, hookWant)}
 	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: r.rules("exec.allow"), Deny: r.rules("exec.deny")}
 	r.number("plugin.apiVersion", 1, 1)
-	wrong := func(key string, err error) {
-		at := 0 // the start of a file that does not have the key
-		if r.inFile[key] {
-			at = r.nodes[key].start
+	for key, n := range r.nodes {
+		if !r.inFile[key] {
+			n.start = 0 // what is wrong with a field that the file does not have is wrong at its start
 		}
-		r.fail(at, key, "%v", err)
 	}
-	if p.Invoke == "run" && p.Type != "trusted" {
-		wrong("plugin.invoke", errors.New(`"run" goes with "type":"trusted" only`))
-	}
-	if err := checkPluginWord("command", p.Command, commandChars); err != nil && (p.Type != "skill" || p.Rules.Allow != nil || r.inFile["plugin.command"]) {
-		wrong("plugin.command", err) // only a skill may be about no command, and then allows none
-	}
-	if p.Type == "skill" && (p.before+p.after != "" || r.inFile["plugin.routes"]) {
-		wrong("plugin.type", errors.New("a skill plugin has neither hooks nor routes: use exec"))
+	badCommand := checkPluginWord("command", p.Command, commandChars)
+	switch needed := p.Type != "skill" || p.Rules.Allow != nil || r.inFile["plugin.command"]; {
+	case p.Invoke == "run" && p.Type != "trusted":
+		r.fail(r.nodes["plugin.invoke"].start, "plugin.invoke", `"run" goes with "type":"trusted" only`)
+	case badCommand != nil && needed:
+		r.fail(r.nodes["plugin.command"].start, "plugin.command", "%v", badCommand)
+	case p.Type == "skill" && (p.before+p.after != "" || r.inFile["plugin.routes"]):
+		r.fail(r.nodes["plugin.type"].start, "plugin.type", "a skill plugin has neither hooks nor routes: use exec")
 	}
 	_, err = compilePolicy([]ruleSet{p.Rules}) // by themselves, so that an error has its place here
 	if bad, ok := errors.AsType[*ruleError](err); ok {
@@ -313,28 +303,24 @@ var (
 	routeWildcard = regexp.MustCompile(`^\{[A-Za-z0-9_]+\}$`)
 )
 
-// register tries the route, which the file has as key, with the others. What net/http finds wrong, it panics about.
+// register tries the route, which the file has as key, with the others.
 func (r pluginRoute) register(mux *http.ServeMux, key string) (err error) {
-	segments := strings.Split(key, "/")
-	for i, arg := range r.Argv {
-		partly := func(s string) bool {
-			return routeWildcard.MatchString(s) && strings.Contains(arg, s) && (i == 0 || arg != s)
-		}
-		if slices.ContainsFunc(segments, partly) || routeWildcard.MatchString(arg) && !slices.Contains(segments, arg) {
-			return fmt.Errorf("%q: a {name} of the path stands for a whole argument, and never for the command", arg)
-		}
-	}
 	defer func() {
-		if v := recover(); v != nil {
-			lines := strings.Split(fmt.Sprint(v), "\n") // about a conflict the second one says what
+		if v := recover(); v != nil { // so net/http says what is wrong, and in a second line what conflicts
+			lines := strings.Split(fmt.Sprint(v), "\n")
 			err = errors.New(lines[min(1, len(lines)-1)])
 		}
 	}()
-	switch {
-	case !routeForm.MatchString(key):
+	if !routeForm.MatchString(key) {
 		return errors.New("write METHOD /path, with a method of GET, POST, PUT, PATCH, DELETE, and segments of plain text or {name}")
-	case r.Argv == nil:
-		return errors.New("a route leads to an array of strings")
+	}
+	segments := strings.Split(key, "/")
+	for i, arg := range r.Argv {
+		for _, s := range append(segments, arg) {
+			if routeWildcard.MatchString(s) && strings.Contains(arg, s) && (i == 0 || arg != s || !slices.Contains(segments, s)) {
+				return fmt.Errorf("%q: a {name} of the path stands for a whole argument, and never for the command", arg)
+			}
+		}
 	}
 	mux.Handle(r.Pattern, http.NotFoundHandler())
 	return checkArgv(r.Argv)
@@ -356,8 +342,6 @@ func (r pluginRoute) routeArgv(value func(string) string) ([]string, error) {
 	return argv, checkArgv(argv)
 }
 
-// ---- requests
-
 // sees says whether a command with these arguments is the plugin's: first argument or its base name is its command.
 func (p *plugin) sees(argv []string) bool {
 	return p.Command != "" && len(argv) > 0 && path.Base(argv[0]) == p.Command
@@ -375,20 +359,14 @@ func (p *plugin) approve(pol *policy, argv []string) (approved, decision) {
 type hookOutput struct {
 	Args   []string
 	Result map[string]any // of string, int64 or nil, by the names of a buffered answer's fields
-	Error  *hookError
-}
-
-type hookError struct {
-	Status        int // 400 to 599
-	Code, Message string
+	Error  *apiError
 }
 
 // runFunc runs an approved command in the request's slot, audited under the plugin (server.go's).
 type runFunc func(ctx context.Context, what approved, stdin []byte) outcome
 
 // runHook runs one hook ("before" or "after"); an error is the hook's failure: 500 plugin_before_error or plugin_after_error.
-// The error quotes what the hook printed: it is for the server's log.
-// in is the JSON that the hook gets on standard input, but for the plugin's own part, and free of the key.
+// The error quotes what the hook printed: it is for the server's log. in is what the hook gets, but for the plugin's own part.
 func (p *plugin) runHook(ctx context.Context, which string, in map[string]any, run runFunc) (answer hookOutput, err error) {
 	hook := map[string]string{"before": p.before, "after": p.after}[which]
 	file := filepath.Join(p.dir, hook)
@@ -403,8 +381,8 @@ func (p *plugin) runHook(ctx context.Context, which string, in map[string]any, r
 	}
 	out := run(ctx, approveUnchecked([]string{file}, p.Rules.Source), stdin)
 	if out.end != endExit || !out.exited || out.exitCode != 0 {
-		said := bytes.Join(out.stderr, nil)
-		return answer, fmt.Errorf("the hook %q ended by %s, exit code %d, signal %q, saying %q", file, out.end, out.exitCode, out.signal, said[:min(len(said), maxHookText)])
+		return answer, fmt.Errorf("the hook %q ended by %s, exit code %d, signal %q, saying %.*q", file, out.end, out.exitCode, out.signal,
+			maxHookText, bytes.Join(out.stderr, nil))
 	}
 	if answer, err = parseHookOutput(bytes.Join(out.stdout, nil), which); err != nil {
 		err = fmt.Errorf("the hook %q printed something that is no answer: %w", file, err)
@@ -432,10 +410,7 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 		return none, errors.New("not a JSON object with one field")
 	}
 	field, value, fields := n.keys[0], n.items[0], map[string]any{}
-	if argv := nodeStrings(value); field == "args" && which == "before" {
-		if err := checkArgv(argv); err != nil {
-			return none, err
-		}
+	if argv := nodeStrings(value); field == "args" && which == "before" && checkArgv(argv) == nil {
 		return hookOutput{Args: argv}, nil
 	}
 	for i, key := range value.keys {
@@ -452,12 +427,10 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 	case value.kind == '{' && field == "result" && which == "after":
 		return hookOutput{Result: fields}, nil
 	case field == "error" && len(fields) == 3:
-		return hookOutput{Error: &hookError{int(fields["status"].(int64)), fields["code"].(string), fields["message"].(string)}}, nil
+		return hookOutput{Error: &apiError{status: int(fields["status"].(int64)), Code: fields["code"].(string), Message: fields["message"].(string)}}, nil
 	}
 	return none, fmt.Errorf("a hook that runs %s cannot answer %.40q in this way", which, field)
 }
-
-// ---- administration
 
 // doctorPlugins gives the problems of every plugin. Of a disabled one everything is only a remark: the server starts without it.
 func doctorPlugins(p paths, s *settings) []pluginProblem {
@@ -516,13 +489,10 @@ func removePlugin(p paths, s *settings, name string) error {
 	return err
 }
 
-// ---- making plugins
-
 // pluginOrder is a plugin to make, and what came of it.
 type pluginOrder struct {
 	Name, Command, Type string
-	Force               bool          // replace the directory if there is one
-	Found               bool          // the tool is there
+	Force, Found        bool          // replace the directory if there is one; the tool is there
 	Took                time.Duration // to ask the tool
 	Settings            string        // the settings.json that was written, for review; "": none
 }
@@ -567,10 +537,10 @@ func createPlugin(p paths, s *settings, o pluginOrder, mustBe bool, probe probeF
 	parts := strings.Split(string(template), "\n=====\n")
 	for i, forms := range [][]string{{"--help", "-h", "help"}, {"--version", "-v", "version"}} {
 		argv, text, found := askTool(o.Command, forms, probe)
-		if o.Found = found; !found {
+		if !found {
 			break
 		}
-		if texts[i] = text; argv != nil {
+		if o.Found, texts[i] = true, text; argv != nil {
 			body, _ := json.Marshal(map[string][]string{"args": argv}) // strings always marshal
 			rules = append(rules, strings.Join(argv, " "))
 			requests += strings.Replace(parts[3], "{BODY}", string(body), 1)
@@ -624,13 +594,8 @@ func askTool(command string, forms []string, probe probeFunc) (argv []string, te
 // cleanText makes foreign output safe to show in a fenced block: no terminal sequences, overstrikes, control or formatting
 // characters, nothing that ends the block, and not too much.
 func cleanText(data []byte) string {
-	sequences := regexp.MustCompile("\x1b(\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(\x07|\x1b\\\\)?|.)|[^\n]\x08")
-	text := strings.Map(func(c rune) rune {
-		if c != '\n' && c != '\t' && !unicode.IsGraphic(c) {
-			return -1
-		}
-		return c
-	}, sequences.ReplaceAllString(strings.ToValidUTF8(string(data), "\ufffd"), ""))
+	unsafe := regexp.MustCompile("\x1b(\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(\x07|\x1b\\\\)?|.)|[^\n]\x08|[^\n\t\\pL\\pM\\pN\\pP\\pS\\p{Zs}]")
+	text := unsafe.ReplaceAllString(strings.ToValidUTF8(string(data), "\ufffd"), "")
 	text = strings.TrimSpace(strings.ReplaceAll(text, "```", "'''"))
 	if len(text) > maxUsage {
 		text = strings.ToValidUTF8(text[:maxUsage], "") + "\n(cut here)"

@@ -200,8 +200,8 @@ func TestInvalidPlugins(t *testing.T) {
 		{with(`,"before":"SKILL.md"`), "it is not executable"},
 		{with(`,"before":"hooks/ok/x"`), "hooks/ok/x: "},
 		{with(`,"routes":["GET /x"]`), "plugin.routes: is an array and must be an object"},
-		{with(`,"routes":{"GET /x":"tool"}`), "a route leads to an array of strings"},
-		{with(`,"routes":{"GET /x":["tool",1]}`), "a route leads to an array of strings"},
+		{with(`,"routes":{"GET /x":"tool"}`), `the route "GET /x" cannot be used`},
+		{with(`,"routes":{"GET /x":["tool",1]}`), `the route "GET /x" cannot be used`},
 		{with(`,"routes":{"GET /x":[]}`), `the route "GET /x" cannot be used`},
 		{with(`,"routes":{"GET /x":[""]}`), "cannot be used"},
 		{with(`,"routes":{"GET /x":["tool","a\u0000"]}`), "cannot be used"},
@@ -534,9 +534,9 @@ func TestHookOutput(t *testing.T) {
 		{"after", `{"result":{"output":"o","stderr":"","exitCode":255,"status":"error","duration":0,"length":9,"signal":"SIGSEGV","error":"e","message":"m"}}`,
 			hookOutput{Result: map[string]any{"output": "o", "stderr": "", "exitCode": int64(255), "status": "error", "duration": int64(0), "length": int64(9), "signal": "SIGSEGV", "error": "e", "message": "m"}}},
 		{"after", `{"result":{"exitCode":null}}`, hookOutput{Result: map[string]any{"exitCode": nil}}},
-		{"before", `{"error":{"status":400,"code":"not_now","message":"later"}}`, hookOutput{Error: &hookError{400, "not_now", "later"}}},
-		{"after", `{"error":{"message":"m","status":599,"code":"a_0"}}`, hookOutput{Error: &hookError{599, "a_0", "m"}}},
-		{"after", message(maxHookText), hookOutput{Error: &hookError{400, "x", strings.Repeat("m", maxHookText)}}},
+		{"before", `{"error":{"status":400,"code":"not_now","message":"later"}}`, hookOutput{Error: &apiError{status: 400, Code: "not_now", Message: "later"}}},
+		{"after", `{"error":{"message":"m","status":599,"code":"a_0"}}`, hookOutput{Error: &apiError{status: 599, Code: "a_0", Message: "m"}}},
+		{"after", message(maxHookText), hookOutput{Error: &apiError{status: 400, Code: "x", Message: strings.Repeat("m", maxHookText)}}},
 	} {
 		if got, err := parseHookOutput([]byte(c.text), c.which); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%s %s: %+v, %v", c.which, c.text, got, err)
@@ -606,7 +606,7 @@ func TestRunHook(t *testing.T) {
 			case out.Args != nil:
 				got = fmt.Sprintf("args %q", out.Args)
 			case out.Error != nil:
-				got = fmt.Sprint("error ", out.Error.Status)
+				got = fmt.Sprint("error ", out.Error.status)
 			}
 			if got != c.want || c.fails != "" && (err == nil || !strings.Contains(err.Error(), c.fails)) {
 				t.Errorf("got %s, want %s; error %v", got, c.want, err)
@@ -681,7 +681,7 @@ func TestExamplePlugins(t *testing.T) {
 		t.Errorf("before: %+v, %v", out, err)
 	}
 	pluginMust(t, os.WriteFile(filepath.Join(tail.dir, "closed"), nil, 0o600))
-	if out, err = tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.Status != 409 {
+	if out, err = tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.status != 409 {
 		t.Errorf("before, closed: %+v, %v", out, err)
 	}
 	for output, withheld := range map[string]bool{"all is well\n": false, "sshd: Failed Password for root\n": true} {
@@ -1391,7 +1391,7 @@ func FuzzHookOutput(f *testing.F) {
 		}
 		if e := out.Error; e != nil {
 			said++
-			if e.Status < 400 || e.Status > 599 || e.Code == "" || e.Message == "" {
+			if e.status < 400 || e.status > 599 || e.Code == "" || e.Message == "" {
 				t.Errorf("%s: error %+v", which, e)
 			}
 		}

@@ -927,7 +927,8 @@ func (c *call) hook(j *job, which string, out *outcome) (hookOutput, *apiError) 
 		c.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", c.id, which, p.Name, c.s.redact(err.Error()))
 		return answer, newError("plugin_" + which + "_error")
 	case answer.Error != nil:
-		return answer, &apiError{status: answer.Error.Status, Code: answer.Error.Code, Message: answer.Error.Message, Hint: "The plugin " + p.Name + " answered so; read its document."}
+		answer.Error.Hint = "The plugin " + p.Name + " answered so; read its document."
+		return answer, answer.Error
 	}
 	return answer, nil
 }
