@@ -311,8 +311,8 @@ func (r pluginRoute) register(mux *http.ServeMux, key string) (err error) {
 			err = errors.New(lines[min(1, len(lines)-1)])
 		}
 	}()
-	if !routeForm.MatchString(key) {
-		return errors.New("write METHOD /path, with a method of GET, POST, PUT, PATCH, DELETE, and segments of plain text or {name}")
+	if !routeForm.MatchString(key) || r.Argv == nil {
+		return errors.New("write METHOD /path, with a method of GET, POST, PUT, PATCH, DELETE, segments of plain text or {name}, and an array of strings")
 	}
 	segments := strings.Split(key, "/")
 	for i, arg := range r.Argv {
@@ -523,8 +523,9 @@ func starterKit(p paths, s *settings, names []string, force bool, probe probeFun
 
 // createPlugin asks the tool and writes a plugin about it. A tool that is not there gets a plugin without rules, unless mustBe.
 func createPlugin(p paths, s *settings, o pluginOrder, mustBe bool, probe probeFunc) (pluginOrder, error) {
-	_, err := parsePlugin(o.Name, "settings.json", fmt.Appendf(nil, `{"plugin":{"type":%q,"command":%q}}`, o.Type, o.Command))
-	err = cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), err, checkTrustedDir(p.plugins), checkCommandFree(o.Name, o.Command, surveyPlugins(p, s, false)))
+	_, err := parsePlugin(o.Name, "plugin create", fmt.Appendf(nil, `{"plugin":{"type":%q,"command":%q}}`, o.Type, o.Command))
+	err = cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), err, checkTrustedDir(p.plugins),
+		checkCommandFree(o.Name, o.Command, surveyPlugins(p, s, false)))
 	dir := filepath.Join(p.plugins, o.Name)
 	if _, missing := os.Lstat(dir); err == nil && missing == nil && !o.Force {
 		err = errPluginExists
