@@ -410,7 +410,7 @@ func cliAuditVerify(t *terminal) error {
 func cliPluginList(t *terminal) error {
 	infos := surveyPlugins(t.paths, t.settings, true)
 	last := pick(len(infos) > 0, "", "no plugins\thint: aexec plugin create --name NAME --command C")
-	return showList(t, false, infos, last, func(i *pluginInfo) string {
+	return showList(t, false, infos, last, func(i *plugin) string {
 		state := pick(i.Enabled, "enabled", "disabled") + pick(i.usable(), "", ", broken")
 		return fmt.Sprintf("%q\t%s\t%s\t%q\t%q", i.Name, i.Type, state, i.Command, i.Description)
 	})
@@ -445,7 +445,7 @@ func cliPluginMake(t *terminal) error {
 		return err
 	}
 	written := 0
-	progress := func(made pluginMade, failed error) {
+	progress := func(made pluginOrder, failed error) {
 		if failed != nil {
 			fmt.Fprintf(t.err, "aexec: %q: %v\n", made.Name, failed)
 			err = exitStatus(1)
@@ -461,7 +461,7 @@ func cliPluginMake(t *terminal) error {
 	if t.command == "starterkit" {
 		starterKit(t.paths, t.settings, t.args, t.on("force"), probe, progress)
 	} else {
-		o := pluginOrder{t.flags["name"], t.flags["command"], cmp.Or(t.flags["type"], "skill"), t.on("force")}
+		o := pluginOrder{Name: t.flags["name"], Command: t.flags["command"], Type: cmp.Or(t.flags["type"], "skill"), Force: t.on("force")}
 		progress(createPlugin(t.paths, t.settings, o, false, probe))
 	}
 	t.say("%d plugins made%s", written, pick(written > 0, "; review their rules, then: aexec restart", ""))

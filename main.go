@@ -11,6 +11,7 @@ import (
 	"log"
 	"maps"
 	"net"
+	"net/netip"
 	"os"
 	"os/signal"
 	"slices"
@@ -137,7 +138,8 @@ func startWarnings(address string, snap *snapshot) (warnings []string) {
 	if os.Geteuid() == 0 && snap.cred == nil {
 		warnings = append(warnings, "it runs as root, and so does every command: set exec.user to an unprivileged user")
 	}
-	if host, _, _ := net.SplitHostPort(address); !isLoopback(host) {
+	host, _, _ := net.SplitHostPort(address)
+	if a, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !a.Unmap().IsLoopback()) {
 		warnings = append(warnings, fmt.Sprintf("it listens on %s in plain HTTP, beyond this machine: put TLS, a VPN or a firewall in front", address))
 	}
 	for _, r := range snap.policy.rules() {

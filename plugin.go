@@ -9,11 +9,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"embed"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"net/http"
 	"os"
@@ -29,8 +27,7 @@ import (
 )
 
 const (
-	maxReferences  = 64   // documents in one plugin's references/
-	maxHookText    = 1000 // bytes of an error's message, and of what a failed hook said, in the log
+	maxHookText    = 1000 // characters of an error's message, and bytes of what a failed hook said, in the log
 	probeTimeout   = 3 * time.Second
 	probeKillGrace = 200 * time.Millisecond
 	maxProbeOutput = 1 << 20  // bytes that a tool may print as its help
@@ -39,20 +36,7 @@ const (
 	// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
 	pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},"exec":{"allow":[],"deny":[]}}`
 
-	// pluginSettings and pluginRequest are parts of a plugin that `aexec plugin create` makes; the rest is in skills/_plugin.md.
-	pluginSettings = `{
-  "plugin": { "type": "{TYPE}", "command": "{COMMAND}", "apiVersion": 1 },
-  "exec": {
-    "allow": {RULES},
-    "deny": []
-  }
-}
-`
-	pluginRequest = "```sh\ncurl -sS \"$URL/api/exec\" -H \"X-API-Key: $KEY\" -H \"Content-Type: application/json\" -d '{BODY}'\n```\n"
-
 	reservedPluginWords = "exec acl plugins skills private ping command aexec ae"
-	pluginTypes         = "skill exec trusted"
-	routeMethods        = "GET POST PUT PATCH DELETE"
 	starterTools        = "claude codex gemini aider goose hermes openclaw opencode"
 	pluginNameChars     = "abcdefghijklmnopqrstuvwxyz0123456789-"
 	commandChars        = pluginNameChars + "ABCDEFGHIJKLMNOPQRSTUVWXYZ_.+"
@@ -61,20 +45,21 @@ const (
 //go:embed skills/_plugin.md
 var pluginTemplate embed.FS
 
-// plugin is one loaded and valid plugin.
+// plugin is one plugin as it lies on disk; the server has only those that are usable.
 type plugin struct {
-	Name        string
-	Description string // of SKILL.md's frontmatter, one line
-	Type        string // skill, exec, trusted
-	Command     string // "" for one that has none
-	Invoke      string // exec or run
-	Rules       ruleSet
-	routes      []pluginRoute
-	before      string // absolute path of the hook, "" if none
-	after       string
-	dir         string                 // absolute
-	hooks       map[string]fileVersion // by absolute path: the file that was checked, and the only one that runs
-	docs        map[string][]byte      // by path in dir, as at start
+	Name          string          `json:"name"`
+	Description   string          `json:"description"` // of SKILL.md's frontmatter, one line
+	Type          string          `json:"type"`        // skill, exec, trusted
+	Command       string          `json:"command"`     // "" for one that has none
+	Invoke        string          `json:"-"`           // exec or run
+	Enabled       bool            `json:"enabled"`     // by the settings
+	Problems      []pluginProblem `json:"problems,omitempty"`
+	Rules         ruleSet         `json:"-"`
+	routes        []pluginRoute
+	before, after string                 // paths of the hooks in dir, "" if none
+	dir           string                 // absolute
+	hooks         map[string]fileVersion // by path in dir: the file that was checked, and the only one that runs
+	docs          map[string][]byte      // by path in dir, as at start
 }
 
 // pluginRoute is one METHOD /path pattern of net/http (already with its /api/command/NAME prefix) and the argv template it leads to.
@@ -91,48 +76,31 @@ type pluginProblem struct {
 	Warning bool   `json:"warning"`
 }
 
-// pluginInfo is one plugin as it lies on disk, usable or not.
-type pluginInfo struct {
-	Name        string          `json:"name"`
-	Description string          `json:"description"`
-	Type        string          `json:"type"`
-	Command     string          `json:"command"`
-	Enabled     bool            `json:"enabled"`
-	Problems    []pluginProblem `json:"problems"`
-	plugin      *plugin         // nil if its settings cannot be read
-}
-
-// fail notes an error. That of a setting begins with file:line:column.
-func (i *pluginInfo) fail(file string, err error) {
-	message := err.Error()
+// note keeps what is wrong with a file of the plugin's, if anything is.
+func (p *plugin) note(name string, err error, warning bool) {
+	if err == nil {
+		return
+	}
+	file, message := filepath.Join(p.dir, name), err.Error()
 	if errors.Is(err, fs.ErrNotExist) {
 		message = "there is no such file"
+	} else if strings.HasPrefix(message, file+":") { // with line and column
+		file, message, _ = strings.Cut(message, ": ")
 	}
-	if rest, ok := strings.CutPrefix(message, file+":"); ok {
-		place, text, _ := strings.Cut(rest, ": ")
-		file, message = file+":"+place, text
-	}
-	i.Problems = append(i.Problems, pluginProblem{Plugin: i.Name, File: file, Message: message})
-}
-
-func (i *pluginInfo) warn(file, format string, args ...any) {
-	file = filepath.Join(i.plugin.dir, file)
-	i.Problems = append(i.Problems, pluginProblem{Plugin: i.Name, File: file, Message: fmt.Sprintf(format, args...), Warning: true})
+	p.Problems = append(p.Problems, pluginProblem{p.Name, file, message, warning})
 }
 
 // usable says whether the server can start with the plugin.
-func (i *pluginInfo) usable() bool {
-	return !slices.ContainsFunc(i.Problems, func(p pluginProblem) bool { return !p.Warning })
+func (p *plugin) usable() bool {
+	return !slices.ContainsFunc(p.Problems, func(problem pluginProblem) bool { return !problem.Warning })
 }
 
-// ---- loading
-
-// loadPlugins loads every enabled plugin of the directory. Plugins with problems that are not warnings are left out of the first result and named in the second.
+// loadPlugins loads every enabled plugin of the directory. Those that are not usable are named in the second result alone.
 func loadPlugins(p paths, s *settings) (loaded []*plugin, problems []pluginProblem) {
-	for _, info := range surveyPlugins(p, s, false) {
-		problems = append(problems, info.Problems...)
-		if info.usable() {
-			loaded = append(loaded, info.plugin)
+	for _, pl := range surveyPlugins(p, s, false) {
+		problems = append(problems, pl.Problems...)
+		if pl.usable() {
+			loaded = append(loaded, pl)
 		}
 	}
 	return loaded, problems
@@ -140,52 +108,45 @@ func loadPlugins(p paths, s *settings) (loaded []*plugin, problems []pluginProbl
 
 // surveyPlugins reads the plugins that the settings enable, or all there are, in the order of their names.
 // What is wrong with the directory itself comes as a plugin without a name.
-func surveyPlugins(p paths, s *settings, all bool) []*pluginInfo {
-	names, err := pluginNames(p, s)
-	if err != nil {
-		info := &pluginInfo{Enabled: true}
-		info.fail(p.plugins, err)
-		return []*pluginInfo{info}
-	}
-	infos := []*pluginInfo{}
-	owner := map[string]string{} // of a command, among the enabled
-	for _, name := range names {
-		enabled := (s.PluginsMode != "explicit" || slices.Contains(s.PluginsEnabled, name)) && !slices.Contains(s.PluginsDisabled, name)
-		if !enabled && !all {
-			continue
-		}
-		info := readPlugin(p, name)
-		info.Enabled = enabled
-		if first := owner[info.Command]; first != "" && enabled {
-			info.fail(filepath.Join(p.plugins, name, "settings.json"), fmt.Errorf("the command %q is already that of the plugin %q: disable one of them", info.Command, first))
-		} else if enabled && info.Command != "" {
-			owner[info.Command] = name
-		}
-		infos = append(infos, info)
-	}
-	return infos
-}
-
-// pluginNames are the entries of the directory, but for those that begin with a dot (.git, what an interrupted create or
-// remove left), and what the settings enable by name.
-func pluginNames(p paths, s *settings) ([]string, error) {
-	var names []string
+func surveyPlugins(p paths, s *settings, all bool) []*plugin {
+	plugins, names := []*plugin{}, []string{}
 	if s.PluginsMode == "explicit" {
-		names = slices.Clone(s.PluginsEnabled)
+		names = slices.Clone(s.PluginsEnabled) // one that is not there is an error
 	}
 	entries, err := os.ReadDir(p.plugins)
-	if err == nil {
-		err = checkTrustedDir(p.plugins)
-	} else if errors.Is(err, fs.ErrNotExist) {
-		err = nil
+	if err = cmp.Or(checkTrustedDir(p.plugins), err); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		nameless := &plugin{Enabled: true, dir: p.plugins}
+		nameless.note("", err, false)
+		return []*plugin{nameless}
 	}
 	for _, e := range entries {
-		if !strings.HasPrefix(e.Name(), ".") {
+		if !strings.HasPrefix(e.Name(), ".") { // .git, or what an interrupted create left
 			names = append(names, e.Name())
 		}
 	}
 	slices.Sort(names)
-	return slices.Compact(names), err
+	for _, name := range slices.Compact(names) {
+		enabled := (s.PluginsMode != "explicit" || slices.Contains(s.PluginsEnabled, name)) && !slices.Contains(s.PluginsDisabled, name)
+		if !enabled && !all {
+			continue
+		}
+		pl := readPlugin(p, name)
+		if pl.Enabled = enabled; enabled {
+			pl.note("settings.json", checkCommandFree(name, pl.Command, plugins), false)
+		}
+		plugins = append(plugins, pl)
+	}
+	return plugins
+}
+
+// checkCommandFree refuses a command that an enabled plugin has already: a request would not know whose it is.
+func checkCommandFree(name, command string, plugins []*plugin) error {
+	for _, other := range plugins {
+		if other.Enabled && other.Name != name && other.Command == command && command != "" {
+			return fmt.Errorf("the command %q is already that of the plugin %q: disable or remove one of them", command, other.Name)
+		}
+	}
+	return nil
 }
 
 // checkPluginWord admits plain words only: a plugin's name is a directory's and part of a URL, and its command is the first
@@ -203,299 +164,173 @@ func checkPluginWord(what, word, chars string) error {
 }
 
 // readPlugin reads and checks one plugin directory, going on after an error where that makes sense.
-func readPlugin(p paths, name string) *pluginInfo {
-	info := &pluginInfo{Name: name, Problems: []pluginProblem{}}
-	if err := checkPluginWord("name", name, pluginNameChars); err != nil {
-		info.fail(p.plugins, err)
-		return info
-	}
-	dir := filepath.Join(p.plugins, name)
-	file := filepath.Join(dir, "settings.json")
-	data, err := readPluginFile(dir, "settings.json")
+func readPlugin(p paths, name string) *plugin {
+	dir, data := filepath.Join(p.plugins, name), []byte{}
+	pl, err := &plugin{}, checkPluginWord("name", name, pluginNameChars)
 	if err == nil {
-		info.plugin, err = parsePlugin(name, file, data)
+		data, _, err = readPluginFile(dir, "settings.json", false)
+	}
+	if err == nil {
+		pl, err = parsePlugin(name, filepath.Join(dir, "settings.json"), data)
 	}
 	if err != nil {
-		info.plugin = nil
-		info.fail(file, err)
-		return info
+		pl = &plugin{Name: name, dir: dir} // nothing of what cannot be relied upon
+		pl.note("settings.json", err, false)
+		return pl
 	}
-	pl := info.plugin
 	pl.dir, pl.hooks, pl.docs = dir, map[string]fileVersion{}, map[string][]byte{}
-	info.Type, info.Command = pl.Type, pl.Command
-	info.readDocuments()
-	for _, hook := range []*string{&pl.before, &pl.after} {
-		if *hook == "" {
-			continue
-		}
-		version, err := hookVersion(dir, *hook)
-		if *hook = filepath.Join(dir, *hook); err != nil {
-			info.fail(*hook, fmt.Errorf("the hook cannot be used: %w", err))
-		}
-		pl.hooks[*hook] = version
-	}
-	return info
-}
-
-// openPluginFile opens a regular file in a plugin's directory. No part of its path is a symbolic link, and the directories on
-// the way are held to the strict modes too, for who may write there may exchange the file.
-func openPluginFile(dir, name string) (f *os.File, err error) {
-	for at := name; at != "."; {
-		at = path.Dir(at)
-		if err := checkTrustedDir(filepath.Join(dir, at)); err != nil {
-			return nil, err
-		}
-	}
-	root, err := os.OpenRoot(dir)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	if info, err := root.Lstat(name); err != nil {
-		return nil, err
-	} else if !info.Mode().IsRegular() {
-		return nil, errors.New("it is not a regular file, and links are not followed: put a copy there")
-	}
-	if f, err = root.Open(name); err != nil {
-		return nil, err
-	}
-	if err = checkTrustedFile(f, false); err != nil {
-		f.Close()
-	}
-	return f, err
-}
-
-func readPluginFile(dir, name string) ([]byte, error) {
-	f, err := openPluginFile(dir, name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxConfigBytes))
-	if len(data) == maxConfigBytes {
-		err = fmt.Errorf("it is larger than %d bytes", maxConfigBytes-1)
-	}
-	return data, err
-}
-
-func hookVersion(dir, name string) (fileVersion, error) {
-	f, err := openPluginFile(dir, name)
-	if err != nil {
-		return fileVersion{}, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err == nil && info.Mode().Perm()&0o111 == 0 {
-		err = errors.New("it is not executable: run chmod u+x")
-	}
-	if err != nil {
-		return fileVersion{}, err
-	}
-	return versionOf(info), nil
-}
-
-// readDocuments takes the documents into memory. SKILL.md must be there; that its frontmatter is broken is only remarked.
-func (i *pluginInfo) readDocuments() {
-	dir := i.plugin.dir
 	names, _ := fs.Glob(os.DirFS(dir), "references/*.md") // the pattern is right, so there is no error
-	if len(names) > maxReferences {
-		i.fail(filepath.Join(dir, "references"), fmt.Errorf("there are %d documents, and at most %d are served", len(names), maxReferences))
-		names = nil
-	}
 	if _, err := os.Lstat(filepath.Join(dir, "public")); err == nil {
 		names = append(names, "public/SKILL.md")
 	}
 	for _, name := range append(names, "SKILL.md") {
-		data, err := readPluginFile(dir, name)
-		if err != nil {
-			i.fail(filepath.Join(dir, name), err)
-			continue
+		pl.docs[name], _, err = readPluginFile(dir, name, false)
+		pl.note(name, err, false)
+	}
+	for _, hook := range []string{pl.before, pl.after} {
+		if hook != "" {
+			_, pl.hooks[hook], err = readPluginFile(dir, hook, true)
+			pl.note(hook, err, false)
 		}
-		i.plugin.docs[name] = data
 	}
-	name, description, err := frontmatter(i.plugin.docs["SKILL.md"])
+	title, description, err := frontmatter(pl.docs["SKILL.md"])
+	if err == nil && title != name {
+		err = fmt.Errorf("its frontmatter has the name %q, and agents expect %q, the directory's", title, name)
+	}
+	pl.note("SKILL.md", err, true)
+	pl.Description = description
+	return pl
+}
+
+// readPluginFile reads a regular file in a plugin's directory; of a hook only the version. No part of the path is a symbolic
+// link, and the directories on the way are held to the strict modes too, for who may write there may exchange the file.
+func readPluginFile(dir, name string, hook bool) (data []byte, version fileVersion, err error) {
+	for at := name; at != "."; {
+		at = path.Dir(at)
+		if err := checkTrustedDir(filepath.Join(dir, at)); err != nil {
+			return nil, version, err
+		}
+	}
+	if !hook {
+		return readVersion(filepath.Join(dir, name), false)
+	}
+	f, err := openTrusted(filepath.Join(dir, name), 0)
 	if err != nil {
-		i.warn("SKILL.md", "%v", err)
-	} else if name != i.Name {
-		i.warn("SKILL.md", "its frontmatter has the name %q, and agents expect %q, the directory's", name, i.Name)
+		return nil, version, err
 	}
-	i.Description, i.plugin.Description = description, description
+	defer f.Close()
+	info, err := f.Stat()
+	if err = cmp.Or(err, checkTrustedFile(f, false)); err == nil {
+		version = versionOf(info)
+	}
+	if err == nil && version.mode&0o111 == 0 {
+		err = errors.New("it is not executable: run chmod u+x")
+	}
+	return nil, version, err
 }
 
-// document gives one of the plugin's documents: "SKILL.md", "public/SKILL.md" or "references/FILE.md"; false if there is none such.
-func (p *plugin) document(name string) ([]byte, bool) {
-	data, ok := p.docs[name]
-	return data, ok
-}
-
-// pluginFingerprints gives a digest of each plugin directory by "plugin:NAME": of the names, modes, sizes and times of what
-// is read at start, enough to say that a restart would bring something new.
+// pluginFingerprints gives a digest by "plugin:NAME" of all that is read of a plugin at start: a restart would bring what differs.
 func pluginFingerprints(p paths) map[string]string {
 	prints := map[string]string{}
-	names, _ := pluginNames(p, &settings{}) // a directory that cannot be read has none
-	for _, name := range names {
-		h, files := sha256.New(), os.DirFS(filepath.Join(p.plugins, name))
-		for _, pattern := range []string{"settings.json", "SKILL.md", "*/*"} {
-			found, _ := fs.Glob(files, pattern) // the patterns are right, so there is no error
-			for _, file := range found {
-				if info, err := fs.Lstat(files, file); err == nil {
-					fmt.Fprintf(h, "%q %v %d %d\n", file, info.Mode(), info.Size(), info.ModTime().UnixNano())
-				}
-			}
-		}
-		prints[pluginSource+name] = hex.EncodeToString(h.Sum(nil)[:8])
+	for _, pl := range surveyPlugins(p, &settings{}, true) {
+		sum := sha256.Sum256(fmt.Append(nil, *pl))
+		prints[pluginSource+pl.Name] = fmt.Sprintf("%x", sum[:8])
 	}
 	return prints
 }
 
-// ---- settings.json of a plugin
-
-// parsePlugin reads a plugin's settings.json; its errors begin with file:line:column. before and after are still as written.
+// parsePlugin reads a plugin's settings.json; its errors begin with file:line:column.
 func parsePlugin(name, file string, data []byte) (*plugin, error) {
 	r, err := readSettingNodes(file, pluginDefaults, data)
 	if err != nil {
 		return nil, err
 	}
-	text := func(key string) string { return r.string(key, anyText) }
-	p := &plugin{Name: name, Type: text("plugin.type"), Command: text("plugin.command"), Invoke: text("plugin.invoke"),
-		before: text("plugin.before"), after: text("plugin.after")}
+	text := func(key, pattern, want string) string {
+		return r.string(key, form{re: regexp.MustCompile(`^(` + pattern + `)$`), want: want})
+	}
+	const hookPath, hookWant = `|[^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*`, "a path inside the plugin's directory, such as hooks/before"
+	p := &plugin{Name: name, Type: text("plugin.type", "skill|exec|trusted", "skill, exec or trusted (system is reserved)"),
+		Command: r.string("plugin.command", anyText), Invoke: text("plugin.invoke", "exec|run", "exec or run"),
+		before: text("plugin.before", hookPath, hookWant), after: text("plugin.after", hookPath, hookWant)}
 	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: r.rules("exec.allow"), Deny: r.rules("exec.deny")}
 	r.number("plugin.apiVersion", 1, 1)
-	p.checkType(r)
-	p.checkHooks(r)
-	if r.err != nil {
-		return nil, r.err // the rest would repeat it in other words
+	for key, n := range r.nodes {
+		if !r.inFile[key] {
+			n.start = 0 // what is wrong with a field that the file does not have is wrong at its start
+		}
+	}
+	badCommand := checkPluginWord("command", p.Command, commandChars)
+	switch needed := p.Type != "skill" || p.Rules.Allow != nil || r.inFile["plugin.command"]; {
+	case p.Invoke == "run" && p.Type != "trusted":
+		r.fail(r.nodes["plugin.invoke"].start, "plugin.invoke", `"run" goes with "type":"trusted" only`)
+	case badCommand != nil && needed:
+		r.fail(r.nodes["plugin.command"].start, "plugin.command", "%v", badCommand)
+	case p.Type == "skill" && (p.before+p.after != "" || r.inFile["plugin.routes"]):
+		r.fail(r.nodes["plugin.type"].start, "plugin.type", "a skill plugin has neither hooks nor routes: use exec")
 	}
 	_, err = compilePolicy([]ruleSet{p.Rules}) // by themselves, so that an error has its place here
 	if bad, ok := errors.AsType[*ruleError](err); ok {
 		r.fail(r.nodes["exec."+bad.List].items[bad.Index].start, "exec."+bad.List, "rule %q: %v", bad.Rule, bad.Err)
 	}
-	p.readRoutes(r)
+	mux, routes := http.NewServeMux(), r.nodes["plugin.routes"]
+	for i, key := range routes.keys {
+		if strings.HasPrefix(key, "_") {
+			continue // a comment
+		}
+		route := pluginRoute{strings.Replace(key, " ", " /api/command/"+name, 1), nodeStrings(routes.items[i])}
+		if err := route.register(mux, key); err != nil {
+			r.fail(routes.keyAt[i], "plugin.routes", "the route %q cannot be used: %v", key, err)
+		}
+		p.routes = append(p.routes, route)
+	}
 	return p, r.err
 }
 
-// wrong is an error at a key's value, or at the start of a file that does not have the key.
-func (p *plugin) wrong(r *settingsReader, key, format string, args ...any) {
-	at := 0
-	if r.inFile[key] {
-		at = r.nodes[key].start
-	}
-	r.fail(at, key, format, args...)
-}
-
-func (p *plugin) checkType(r *settingsReader) {
-	switch {
-	case p.Type == "system":
-		p.wrong(r, "plugin.type", `"system" is reserved: use one of %s`, pluginTypes)
-	case !slices.Contains(strings.Fields(pluginTypes), p.Type):
-		p.wrong(r, "plugin.type", "unknown type %q: use one of %s", p.Type, pluginTypes)
-	case p.Invoke != "exec" && p.Invoke != "run":
-		p.wrong(r, "plugin.invoke", "unknown invoke %q: use exec or run", p.Invoke)
-	case p.Invoke == "run" && p.Type != "trusted":
-		p.wrong(r, "plugin.invoke", `"run" goes with "type":"trusted" only`)
-	case p.Type == "skill" && len(p.Rules.Allow) == 0 && !r.inFile["plugin.command"]:
-		return // it documents, and is about no command
-	}
-	if err := checkPluginWord("command", p.Command, commandChars); err != nil {
-		p.wrong(r, "plugin.command", "%v", err)
-	}
-}
-
-func (p *plugin) checkHooks(r *settingsReader) {
-	if p.Type == "skill" && (p.before != "" || p.after != "" || r.inFile["plugin.routes"]) {
-		p.wrong(r, "plugin.type", "a skill plugin has neither hooks nor routes: use exec")
-	}
-	for key, hook := range map[string]string{"plugin.before": p.before, "plugin.after": p.after} {
-		if r.inFile[key] && (!fs.ValidPath(hook) || hook == "." || strings.ContainsFunc(hook, unicode.IsControl)) {
-			p.wrong(r, key, "%q is not a path inside the plugin's directory, such as hooks/before", hook)
-		}
-	}
-}
-
-// nodeStrings gives an array of strings; false and nil: it is something else.
-func nodeStrings(n *node) ([]string, bool) {
-	if n.kind != '[' {
-		return nil, false
-	}
-	texts := []string{}
+// nodeStrings gives an array of strings, nil if it is something else or empty.
+func nodeStrings(n *node) (texts []string) {
 	for _, item := range n.items {
-		if item.kind != '"' || item.surrogate {
-			return nil, false
+		if n.kind != '[' || item.kind != '"' || item.surrogate {
+			return nil
 		}
 		texts = append(texts, item.str)
 	}
-	return texts, true
+	return texts
 }
 
-func (p *plugin) readRoutes(r *settingsReader) {
-	mux, n := http.NewServeMux(), r.nodes["plugin.routes"]
-	for i, key := range n.keys {
-		argv, ok := nodeStrings(n.items[i])
-		switch method, rest, _ := strings.Cut(key, " "); {
-		case strings.HasPrefix(key, "_"): // a comment
-		case !ok:
-			r.fail(n.items[i].start, "plugin.routes", "a route leads to an array of strings")
-		default:
-			route := pluginRoute{method + " /api/command/" + p.Name + rest, argv}
-			if err := cmp.Or(checkRoute(method, rest, argv), registerRoute(mux, route.Pattern)); err != nil {
-				r.fail(n.keyAt[i], "plugin.routes", "the route %q cannot be used: %v", key, err)
-			}
-			p.routes = append(p.routes, route)
-		}
-	}
-}
+var (
+	// routeForm admits the patterns in which one path is one request: no host, no subtree, no "..."; net/http refuses . and ..
+	routeForm     = regexp.MustCompile(`^(GET|POST|PUT|PATCH|DELETE) (/([A-Za-z0-9_.+~-]+|\{[A-Za-z0-9_]+\}))+$`)
+	routeWildcard = regexp.MustCompile(`^\{[A-Za-z0-9_]+\}$`)
+)
 
-// checkRoute admits the patterns in which one path is one request: no host, no subtree, no "...".
-func checkRoute(method, rest string, argv []string) error {
-	if !slices.Contains(strings.Fields(routeMethods), method) {
-		return fmt.Errorf("it must begin with one of %s and a space", routeMethods)
-	}
-	segments := strings.Split(rest, "/")
-	if len(segments) < 2 || segments[0] != "" {
-		return errors.New("its path must begin with /")
-	}
-	for _, s := range segments[1:] {
-		if !isWildcard(s) && (strings.Trim(s, commandChars+"~") != "" || strings.Trim(s, ".") == "") {
-			return fmt.Errorf("the path segment %q is neither plain text nor {name}", s)
-		}
-	}
-	for i, arg := range argv {
-		if isWildcard(arg) && (i == 0 || !slices.Contains(segments, arg)) {
-			return fmt.Errorf("%s is no wildcard of the path, or stands for the command itself", arg)
-		}
-		for _, s := range segments {
-			if isWildcard(s) && arg != s && strings.Contains(arg, s) {
-				return fmt.Errorf("%s must be a whole argument, not a part of %q", s, arg)
-			}
-		}
-	}
-	return checkArgv(argv)
-}
-
-func isWildcard(s string) bool {
-	return len(s) > 2 && s[0] == '{' && s[len(s)-1] == '}' && strings.Trim(strings.ToLower(s[1:len(s)-1]), "abcdefghijklmnopqrstuvwxyz0123456789_") == ""
-}
-
-// registerRoute really registers the route: what net/http finds wrong or in conflict, it panics about.
-func registerRoute(mux *http.ServeMux, pattern string) (err error) {
+// register tries the route, which the file has as key, with the others.
+func (r pluginRoute) register(mux *http.ServeMux, key string) (err error) {
 	defer func() {
-		if r := recover(); r != nil {
-			text := fmt.Sprint(r)
-			if _, why, found := strings.Cut(text, "):\n"); found { // about a conflict it says much more
-				text, _, _ = strings.Cut(why, "\n")
-			}
-			err = errors.New(strings.TrimSuffix(text, "."))
+		if v := recover(); v != nil { // so net/http says what is wrong, and in a second line what conflicts
+			lines := strings.Split(fmt.Sprint(v), "\n")
+			err = errors.New(lines[min(1, len(lines)-1)])
 		}
 	}()
-	mux.Handle(pattern, http.NotFoundHandler())
-	return nil
+	if !routeForm.MatchString(key) || r.Argv == nil {
+		return errors.New("write METHOD /path, with a method of GET, POST, PUT, PATCH, DELETE, segments of plain text or {name}, and an array of strings")
+	}
+	segments := strings.Split(key, "/")
+	for i, arg := range r.Argv {
+		for _, s := range append(segments, arg) {
+			if routeWildcard.MatchString(s) && strings.Contains(arg, s) && (i == 0 || arg != s || !slices.Contains(segments, s)) {
+				return fmt.Errorf("%q: a {name} of the path stands for a whole argument, and never for the command", arg)
+			}
+		}
+	}
+	mux.Handle(r.Pattern, http.NotFoundHandler())
+	return checkArgv(r.Argv)
 }
 
 // routeArgv fills {x} elements of a route's argv with path values; the error is 400 invalid_args.
 func (r pluginRoute) routeArgv(value func(string) string) ([]string, error) {
 	argv := slices.Clone(r.Argv)
 	for i, arg := range argv {
-		if !isWildcard(arg) {
+		if !routeWildcard.MatchString(arg) {
 			continue
 		}
 		v := value(arg[1 : len(arg)-1])
@@ -506,8 +341,6 @@ func (r pluginRoute) routeArgv(value func(string) string) ([]string, error) {
 	}
 	return argv, checkArgv(argv)
 }
-
-// ---- requests
 
 // sees says whether a command with these arguments is the plugin's: first argument or its base name is its command.
 func (p *plugin) sees(argv []string) bool {
@@ -522,202 +355,104 @@ func (p *plugin) approve(pol *policy, argv []string) (approved, decision) {
 	return pol.decide(argv)
 }
 
-// hookInput is the JSON that a hook gets on standard input, free of the key (server.go makes it).
-type hookInput struct {
-	Args         []string       `json:"args"`
-	OriginalArgs []string       `json:"originalArgs"`
-	Request      hookRequest    `json:"request"`
-	Plugin       hookPlugin     `json:"plugin"`
-	Result       map[string]any `json:"result,omitempty"` // after only: the buffered answer's fields
-}
-
-type hookRequest struct {
-	Method  string              `json:"method"`
-	Path    string              `json:"path"`
-	Query   map[string][]string `json:"query"`
-	IP      string              `json:"ip"`
-	Headers map[string][]string `json:"headers"` // key headers redacted
-}
-
-type hookPlugin struct {
-	Name    string `json:"name"`
-	Type    string `json:"type"`
-	Command string `json:"command"`
-	Invoke  string `json:"invoke"`
-}
-
 // hookOutput is what a hook answered; all nil: unchanged.
 type hookOutput struct {
 	Args   []string
 	Result map[string]any // of string, int64 or nil, by the names of a buffered answer's fields
-	Error  *hookError
-}
-
-type hookError struct {
-	Status  int // 400 to 599
-	Code    string
-	Message string
+	Error  *apiError
 }
 
 // runFunc runs an approved command in the request's slot, audited under the plugin (server.go's).
 type runFunc func(ctx context.Context, what approved, stdin []byte) outcome
 
 // runHook runs one hook ("before" or "after"); an error is the hook's failure: 500 plugin_before_error or plugin_after_error.
-// The error quotes what the hook printed: it is for the server's log.
-func (p *plugin) runHook(ctx context.Context, which string, in hookInput, run runFunc) (hookOutput, error) {
-	file := p.before
-	if which == "after" {
-		file = p.after
-	}
-	fail := func(format string, args ...any) (hookOutput, error) {
-		return hookOutput{}, fmt.Errorf("plugin %q, hook %q: %w", p.Name, file, fmt.Errorf(format, args...))
-	}
+// The error quotes what the hook printed: it is for the server's log. in is what the hook gets, but for the plugin's own part.
+func (p *plugin) runHook(ctx context.Context, which string, in map[string]any, run runFunc) (answer hookOutput, err error) {
+	hook := map[string]string{"before": p.before, "after": p.after}[which]
+	file := filepath.Join(p.dir, hook)
 	// Only the file that was checked at start runs: who can exchange it after this look owns the plugin anyway.
-	if version, err := hookVersion(p.dir, strings.TrimPrefix(file, p.dir+"/")); err != nil || version != p.hooks[file] {
-		return fail("the file has changed since the server started: run aexec restart (%v)", err)
+	if _, version, err := readPluginFile(p.dir, hook, true); err != nil || version != p.hooks[hook] {
+		return answer, fmt.Errorf("the hook %q has changed since the server started: run aexec restart (%v)", file, err)
 	}
+	in["plugin"] = map[string]string{"name": p.Name, "type": p.Type, "command": p.Command, "invoke": p.Invoke}
 	stdin, err := json.Marshal(in)
 	if err != nil {
-		return fail("%w", err)
+		return answer, err
 	}
 	out := run(ctx, approveUnchecked([]string{file}, p.Rules.Source), stdin)
 	if out.end != endExit || !out.exited || out.exitCode != 0 {
-		said := bytes.Join(out.stderr, nil)
-		return fail("ended by %s, exit code %d, signal %q, saying %q", out.end, out.exitCode, out.signal, said[:min(len(said), maxHookText)])
+		return answer, fmt.Errorf("the hook %q ended by %s, exit code %d, signal %q, saying %.*q", file, out.end, out.exitCode, out.signal,
+			maxHookText, bytes.Join(out.stderr, nil))
 	}
-	answer, err := parseHookOutput(bytes.Join(out.stdout, nil), which)
-	if err != nil {
-		return fail("it printed something that is no answer: %w", err)
+	if answer, err = parseHookOutput(bytes.Join(out.stdout, nil), which); err != nil {
+		err = fmt.Errorf("the hook %q printed something that is no answer: %w", file, err)
 	}
-	return answer, nil
+	return answer, err
+}
+
+// hookFields are the fields of a hook's answer: what the first letter of the value (0 for a number, n for null) and its text must match.
+var hookFields = map[string]string{
+	"result.output": `".*`, "result.stderr": `".*`, "result.signal": `".*`, "result.error": `".*`, "result.message": `".*`,
+	"result.status": `"(done|error)`, "result.duration": `0\d{1,18}`, "result.length": `0\d{1,18}`, "result.exitCode": `n|0(\d\d?|1\d\d|2[0-4]\d|25[0-5])`,
+	"error.status": `0[45]\d\d`, "error.code": `"[a-z0-9_]+`, "error.message": `".{1,` + strconv.Itoa(maxHookText) + `}`,
 }
 
 // parseHookOutput holds what a hook printed to one of: nothing, {"args"} (before), {"result"} (after), {"error"}.
-func parseHookOutput(data []byte, which string) (hookOutput, error) {
+func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 	if len(bytes.TrimSpace(data)) == 0 {
-		return hookOutput{}, nil
+		return none, nil
 	}
 	n, err := parseStrict(data)
 	if err != nil {
-		return hookOutput{}, err
+		return none, err
 	}
 	if n.kind != '{' || len(n.keys) != 1 {
-		return hookOutput{}, errors.New("not a JSON object with one field")
+		return none, errors.New("not a JSON object with one field")
 	}
-	var out hookOutput
-	switch field, value := n.keys[0], n.items[0]; {
-	case field == "args" && which == "before":
-		argv, ok := nodeStrings(value)
-		if !ok {
-			return out, errors.New("args is not an array of strings")
+	field, value, fields := n.keys[0], n.items[0], map[string]any{}
+	if argv := nodeStrings(value); field == "args" && which == "before" && checkArgv(argv) == nil {
+		return hookOutput{Args: argv}, nil
+	}
+	for i, key := range value.keys {
+		v, form := value.items[i], hookFields[field+"."+key]
+		if v.surrogate || !regexp.MustCompile(`(?s)^(`+form+`)$`).MatchString(string(v.kind)+v.str) {
+			return none, fmt.Errorf("%.40q has no field %.40q with such a value", field, key)
 		}
-		out.Args, err = argv, checkArgv(argv)
-	case field == "result" && which == "after":
-		out.Result, err = hookResult(value)
-	case field == "error":
-		out.Error, err = hookErrorOf(value)
-	default:
-		err = fmt.Errorf("a hook that runs %s cannot answer %q", which, field)
-	}
-	if err != nil {
-		return hookOutput{}, err
-	}
-	return out, nil
-}
-
-// hookResult takes the fields of a buffered answer, each of its type.
-func hookResult(n *node) (map[string]any, error) {
-	if n.kind != '{' {
-		return nil, errors.New("result is not an object")
-	}
-	result := map[string]any{}
-	for i, key := range n.keys {
-		v := n.items[i]
-		number, err := strconv.ParseInt(v.str, 10, 64)
-		isText := v.kind == '"' && !v.surrogate
-		isCount := v.kind == '0' && err == nil && number >= 0
-		switch {
-		case isText && (slices.Contains([]string{"output", "stderr", "signal", "error", "message"}, key) || key == "status" && (v.str == "done" || v.str == "error")):
-			result[key] = v.str
-		case isCount && (key == "duration" || key == "length" || key == "exitCode" && number <= 255):
-			result[key] = number
-		case v.kind == 'n' && key == "exitCode":
-			result[key] = nil
-		default:
-			return nil, fmt.Errorf("result has no field %q with such a value", key)
+		fields[key] = map[byte]any{'"': v.str, 'n': nil}[v.kind]
+		if number, err := strconv.ParseInt(v.str, 10, 64); v.kind == '0' && err == nil {
+			fields[key] = number
 		}
 	}
-	return result, nil
-}
-
-func hookErrorOf(n *node) (*hookError, error) {
-	e := &hookError{}
-	for i, key := range n.keys {
-		v := n.items[i]
-		switch {
-		case key == "status" && v.kind == '0':
-			e.Status, _ = strconv.Atoi(v.str)
-		case key == "code" && v.kind == '"' && strings.Trim(v.str, "abcdefghijklmnopqrstuvwxyz0123456789_") == "":
-			e.Code = v.str
-		case key == "message" && v.kind == '"' && !v.surrogate && len(v.str) <= maxHookText:
-			e.Message = v.str
-		default:
-			return nil, fmt.Errorf("error has no field %q with such a value", key)
-		}
+	switch {
+	case value.kind == '{' && field == "result" && which == "after":
+		return hookOutput{Result: fields}, nil
+	case field == "error" && len(fields) == 3:
+		return hookOutput{Error: &apiError{status: int(fields["status"].(int64)), Code: fields["code"].(string), Message: fields["message"].(string)}}, nil
 	}
-	if e.Status < 400 || e.Status > 599 || e.Code == "" || e.Message == "" {
-		return nil, errors.New("error needs a status from 400 to 599, a code of a-z, 0-9 and _, and a message")
-	}
-	return e, nil
+	return none, fmt.Errorf("a hook that runs %s cannot answer %.40q in this way", which, field)
 }
-
-// ---- administration
 
 // doctorPlugins gives the problems of every plugin. Of a disabled one everything is only a remark: the server starts without it.
 func doctorPlugins(p paths, s *settings) []pluginProblem {
 	problems := []pluginProblem{}
-	for _, info := range surveyPlugins(p, s, true) {
-		if info.plugin != nil {
-			info.advise()
-		}
-		for _, problem := range info.Problems {
-			problem.Warning = problem.Warning || !info.Enabled
+	for _, pl := range surveyPlugins(p, s, true) {
+		for _, problem := range pl.Problems {
+			problem.Warning = problem.Warning || !pl.Enabled
 			problems = append(problems, problem)
 		}
 	}
 	return problems
 }
 
-// advise remarks what is valid and still worth a look.
-func (i *pluginInfo) advise() {
-	if i.Type == "trusted" {
-		i.warn("settings.json", "a trusted plugin is code of this machine's: review it as you would a program of your own")
-	}
-	if pol, err := compilePolicy([]ruleSet{i.plugin.Rules}); err == nil {
-		for _, f := range pol.lint() {
-			if f.Rule != "" { // else it is about the policy as a whole
-				i.warn("settings.json", "the rule %q %s", f.Rule, f.Message)
-			}
-		}
-	}
-	for _, part := range strings.Split(string(i.plugin.docs["SKILL.md"]), "references/")[1:] {
-		name := "references/" + part[:len(part)-len(strings.TrimLeft(part, commandChars))]
-		if _, there := i.plugin.docs[name]; !there && path.Ext(name) == ".md" {
-			i.warn("SKILL.md", "it refers to %q, and there is no such document", name)
-		}
-	}
-}
-
 // enablePlugin and disablePlugin edit settings.json. Only what the server can start with is enabled.
 func enablePlugin(p paths, s *settings, name string) error {
-	info := readPlugin(p, name)
-	if err := checkCommandFree(p, s, name, info.Command); err != nil {
-		return err
+	pl := readPlugin(p, name)
+	err := cmp.Or(checkPluginDir(p, name), checkCommandFree(name, pl.Command, surveyPlugins(p, s, false)))
+	if err == nil && !pl.usable() {
+		err = fmt.Errorf("the plugin %q cannot be used as it is: aexec plugin doctor says why", name)
 	}
-	for _, problem := range info.Problems {
-		if !problem.Warning {
-			return fmt.Errorf("the plugin %q cannot be enabled: %s: %s", name, problem.File, problem.Message)
-		}
+	if err != nil {
+		return err
 	}
 	return editPluginState(p, name, true)
 }
@@ -730,75 +465,36 @@ func disablePlugin(p paths, name string) error {
 }
 
 func checkPluginDir(p paths, name string) error {
-	if err := checkPluginWord("name", name, pluginNameChars); err != nil {
-		return err
-	}
-	dir := filepath.Join(p.plugins, name)
-	if info, err := os.Lstat(dir); err != nil {
+	info, err := os.Lstat(filepath.Join(p.plugins, name))
+	if err != nil || !info.IsDir() || checkPluginWord("name", name, pluginNameChars) != nil {
 		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
-	} else if !info.IsDir() {
-		return fmt.Errorf("%s is not a directory: remove it yourself", dir)
 	}
 	return nil
 }
 
-// checkCommandFree refuses a command that an enabled plugin has already: the server would not start with both.
-func checkCommandFree(p paths, s *settings, name, command string) error {
-	for _, other := range surveyPlugins(p, s, false) {
-		if other.Name != name && other.Command == command && command != "" {
-			return fmt.Errorf("the command %q is already that of the plugin %q: disable or remove that one first", command, other.Name)
-		}
-	}
-	return nil
-}
-
-// removePlugin removes the one directory, never what a link leads to. It is out of the server's sight with the first step.
-// Settings that enable it by name would miss it at the next start, so they disable it too.
+// removePlugin removes the one directory, never what a link leads to. Settings that enable it by name would miss it at the
+// next start, so they disable it too; else a new plugin of that name is not to be off.
 func removePlugin(p paths, s *settings, name string) error {
+	off := slices.Contains(s.PluginsDisabled, name)
 	err := checkPluginDir(p, name)
-	if err == nil && slices.Contains(s.PluginsEnabled, name) && !slices.Contains(s.PluginsDisabled, name) {
+	if err == nil && slices.Contains(s.PluginsEnabled, name) && !off {
 		err = editPluginState(p, name, false)
 	}
-	if err != nil {
-		return err
+	if err == nil {
+		err = os.RemoveAll(filepath.Join(p.plugins, name))
 	}
-	root, err := os.OpenRoot(p.plugins)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	old := ".old-" + name
-	if err := errors.Join(root.RemoveAll(old), root.Rename(name, old)); err != nil {
-		return err
-	}
-	err = root.RemoveAll(old)
-	if err == nil && s.PluginsMode != "explicit" && slices.Contains(s.PluginsDisabled, name) {
-		err = editPluginState(p, name, true) // a new plugin of that name is not to be off
+	if err == nil && s.PluginsMode != "explicit" && off {
+		err = editPluginState(p, name, true)
 	}
 	return err
 }
 
-// ---- making plugins
-
-// pluginOrder is what `aexec plugin create` was told.
+// pluginOrder is a plugin to make, and what came of it.
 type pluginOrder struct {
 	Name, Command, Type string
-	Force               bool // replace the directory if there is one
-}
-
-// pluginMade is what came of one tool.
-type pluginMade struct {
-	Name, Command string
-	Found         bool          // the tool is there
-	Settings      string        // the settings.json that was written, for review; "": none
-	Took          time.Duration // to ask the tool
-}
-
-// toolFacts is what a tool said about itself: the form that worked (nil: none did), and the text.
-type toolFacts struct {
-	found                 bool
-	help, version         []string
-	helpText, versionText string
+	Force, Found        bool          // replace the directory if there is one; the tool is there
+	Took                time.Duration // to ask the tool
+	Settings            string        // the settings.json that was written, for review; "": none
 }
 
 // errPluginExists: nothing is overwritten without force.
@@ -815,146 +511,95 @@ func toolProbe(ctx context.Context, r *runner, snap *snapshot) probeFunc {
 	}
 }
 
-// createPlugin asks the tool and writes a plugin about it. A tool that is not there gets a plugin without rules, unless mustBe.
-func createPlugin(p paths, s *settings, o pluginOrder, mustBe bool, probe probeFunc) (pluginMade, error) {
-	made := pluginMade{Name: o.Name, Command: o.Command}
-	if err := o.check(p, s); err != nil {
-		return made, err
-	}
-	begun := time.Now()
-	t := askTool(o.Command, probe)
-	made.Found, made.Took = t.found, time.Since(begun)
-	if mustBe && !t.found {
-		return made, nil
-	}
-	files, err := o.files(t)
-	if err == nil {
-		err = placePlugin(p, o.Name, files)
-	}
-	if err == nil {
-		made.Settings = files["settings.json"]
-	}
-	return made, err
-}
-
 // starterKit makes a plugin for each of the tools that is there; progress hears of each as it is done with.
-func starterKit(p paths, s *settings, names []string, force bool, probe probeFunc, progress func(pluginMade, error)) {
+func starterKit(p paths, s *settings, names []string, force bool, probe probeFunc, progress func(pluginOrder, error)) {
 	if len(names) == 0 {
 		names = strings.Fields(starterTools)
 	}
 	for _, name := range names {
-		progress(createPlugin(p, s, pluginOrder{name, name, "skill", force}, true, probe))
+		progress(createPlugin(p, s, pluginOrder{Name: name, Command: name, Type: "skill", Force: force}, true, probe))
 	}
 }
 
-func (o pluginOrder) check(p paths, s *settings) error {
-	err := cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), checkPluginWord("command", o.Command, commandChars), checkTrustedDir(p.plugins))
+// createPlugin asks the tool and writes a plugin about it. A tool that is not there gets a plugin without rules, unless mustBe.
+func createPlugin(p paths, s *settings, o pluginOrder, mustBe bool, probe probeFunc) (pluginOrder, error) {
+	_, err := parsePlugin(o.Name, "plugin create", fmt.Appendf(nil, `{"plugin":{"type":%q,"command":%q}}`, o.Type, o.Command))
+	err = cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), err, checkTrustedDir(p.plugins),
+		checkCommandFree(o.Name, o.Command, surveyPlugins(p, s, false)))
+	dir := filepath.Join(p.plugins, o.Name)
+	if _, missing := os.Lstat(dir); err == nil && missing == nil && !o.Force {
+		err = errPluginExists
+	}
 	if err != nil {
-		return err
+		return o, err
 	}
-	if !slices.Contains(strings.Fields(pluginTypes), o.Type) {
-		return fmt.Errorf("%q is not a type of plugin: use one of %s", o.Type, pluginTypes)
+	begun, texts, rules, requests := time.Now(), [2]string{}, []string{}, ""
+	template, _ := pluginTemplate.ReadFile("skills/_plugin.md") // it is built in
+	parts := strings.Split(string(template), "\n=====\n")
+	for i, forms := range [][]string{{"--help", "-h", "help"}, {"--version", "-v", "version"}} {
+		argv, text, found := askTool(o.Command, forms, probe)
+		if !found {
+			break
+		}
+		if o.Found, texts[i] = true, text; argv != nil {
+			body, _ := json.Marshal(map[string][]string{"args": argv}) // strings always marshal
+			rules = append(rules, strings.Join(argv, " "))
+			requests += strings.Replace(parts[3], "{BODY}", string(body), 1)
+		}
 	}
-	if _, err := os.Lstat(filepath.Join(p.plugins, o.Name)); err == nil && !o.Force {
-		return errPluginExists
+	if o.Took = time.Since(begun); mustBe && !o.Found {
+		return o, nil
 	}
-	return checkCommandFree(p, s, o.Name, o.Command)
+	list, _ := json.MarshalIndent(rules, "    ", "  ")
+	fill := strings.NewReplacer("{NAME}", o.Name, "{COMMAND}", o.Command, "{TYPE}", o.Type, "{RULES}", string(list),
+		"{REQUESTS}\n", cmp.Or(requests, "None yet: the operator adds rules to `exec.allow` in this plugin's `settings.json`.\n"),
+		"{HELP}", cmp.Or(texts[0], "(nothing)"), "{VERSION}", cmp.Or(texts[1], "(nothing)"))
+	o.Settings = fill.Replace(parts[2])
+	return o, o.write(dir, map[string]string{"SKILL.md": fill.Replace(parts[0]), "references/usage.md": fill.Replace(parts[1]), "settings.json": o.Settings})
 }
 
-func askTool(command string, probe probeFunc) (t toolFacts) {
-	t.found, t.help, t.helpText = askForms(command, []string{"--help", "-h", "help"}, probe)
-	if t.found {
-		_, t.version, t.versionText = askForms(command, []string{"--version", "-v", "version"}, probe)
+// write makes the directory under a name that is not loaded, and renames it: a crash leaves no half plugin.
+func (o pluginOrder) write(dir string, files map[string]string) error {
+	fresh := filepath.Join(filepath.Dir(dir), ".new-"+o.Name)
+	err := errors.Join(os.RemoveAll(fresh), os.MkdirAll(filepath.Join(fresh, "references"), 0o700))
+	for file, text := range files {
+		err = errors.Join(err, os.WriteFile(filepath.Join(fresh, file), []byte(text), 0o600))
 	}
-	return t
+	if err == nil && o.Force {
+		err = os.RemoveAll(dir)
+	}
+	if err == nil {
+		err = os.Rename(fresh, dir)
+	}
+	return err
 }
 
-// askForms takes the first form that ends with 0 and says something, else the first that says anything and fails:
+// askTool takes the first form that ends with 0 and says something, else the first that says anything and fails:
 // many tools print their help to standard error, but so do they "unknown option".
-func askForms(command string, forms []string, probe probeFunc) (found bool, argv []string, text string) {
+func askTool(command string, forms []string, probe probeFunc) (argv []string, text string, found bool) {
 	for _, form := range forms {
 		out := probe([]string{command, form})
 		if out.end == endStart {
-			return false, nil, ""
+			return nil, "", false
 		}
-		said := cleanText(bytes.Join(out.stdout, nil))
-		if said == "" {
-			said = cleanText(bytes.Join(out.stderr, nil))
-		}
+		said := cmp.Or(cleanText(bytes.Join(out.stdout, nil)), cleanText(bytes.Join(out.stderr, nil)))
 		if worked := out.exitCode == 0; out.end == endExit && out.exited && said != "" && (worked || argv == nil) {
 			if argv, text = []string{command, form}, said; worked {
 				break
 			}
 		}
 	}
-	return true, argv, text
+	return argv, text, true
 }
 
 // cleanText makes foreign output safe to show in a fenced block: no terminal sequences, overstrikes, control or formatting
 // characters, nothing that ends the block, and not too much.
 func cleanText(data []byte) string {
-	sequences := regexp.MustCompile("\x1b(\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(\x07|\x1b\\\\)?|.)|[^\n]\x08")
-	text := sequences.ReplaceAllString(strings.ToValidUTF8(string(data), "\ufffd"), "")
-	text = strings.Map(func(c rune) rune {
-		if c != '\n' && c != '\t' && !unicode.IsGraphic(c) {
-			return -1
-		}
-		return c
-	}, text)
+	unsafe := regexp.MustCompile("\x1b(\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(\x07|\x1b\\\\)?|.)|[^\n]\x08|[^\n\t\\pL\\pM\\pN\\pP\\pS\\p{Zs}]")
+	text := unsafe.ReplaceAllString(strings.ToValidUTF8(string(data), "\ufffd"), "")
 	text = strings.TrimSpace(strings.ReplaceAll(text, "```", "'''"))
 	if len(text) > maxUsage {
 		text = strings.ToValidUTF8(text[:maxUsage], "") + "\n(cut here)"
 	}
 	return text
-}
-
-// files are the plugin's, by name.
-func (o pluginOrder) files(t toolFacts) (map[string]string, error) {
-	rules, requests := []string{}, ""
-	for _, argv := range [][]string{t.help, t.version} {
-		if argv != nil {
-			body, _ := json.Marshal(map[string][]string{"args": argv}) // strings always marshal
-			rules = append(rules, strings.Join(argv, " "))
-			requests += strings.Replace(pluginRequest, "{BODY}", string(body), 1)
-		}
-	}
-	list, _ := json.MarshalIndent(rules, "    ", "  ")
-	template, err := pluginTemplate.ReadFile("skills/_plugin.md")
-	if err != nil {
-		return nil, err
-	}
-	skill, usage, _ := strings.Cut(string(template), "\n=====\n")
-	fill := strings.NewReplacer("{NAME}", o.Name, "{COMMAND}", o.Command, "{TYPE}", o.Type, "{RULES}", string(list),
-		"{REQUESTS}\n", cmp.Or(requests, "None yet: the operator adds rules to `exec.allow` in this plugin's `settings.json`.\n"),
-		"{HELP}", cmp.Or(t.helpText, "(nothing)"), "{VERSION}", cmp.Or(t.versionText, "(nothing)"))
-	files := map[string]string{"SKILL.md": fill.Replace(skill), "references/usage.md": fill.Replace(usage), "settings.json": fill.Replace(pluginSettings)}
-	_, err = parsePlugin(o.Name, "settings.json", []byte(files["settings.json"]))
-	return files, err
-}
-
-// placePlugin writes the directory under a name that is not loaded, and renames it: a crash leaves no half plugin.
-func placePlugin(p paths, name string, files map[string]string) error {
-	root, err := os.OpenRoot(p.plugins)
-	if err != nil {
-		return err
-	}
-	defer root.Close()
-	fresh, old := ".new-"+name, ".old-"+name
-	if err := errors.Join(root.RemoveAll(fresh), root.RemoveAll(old), root.MkdirAll(fresh+"/references", 0o700)); err != nil {
-		return err
-	}
-	for file, text := range files {
-		f, err := root.OpenFile(fresh+"/"+file, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-		if err != nil {
-			return err
-		}
-		_, err = f.WriteString(text)
-		if err := errors.Join(err, f.Sync(), f.Close()); err != nil {
-			return err
-		}
-	}
-	if err := root.Rename(name, old); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return errors.Join(root.Rename(fresh, name), root.RemoveAll(old))
 }

@@ -81,7 +81,7 @@ func TestPluginLoads(t *testing.T) {
 	pluginWrite(t, p, "worker", `{"_why":"a comment","plugin":{"type":"exec","command":"g++","apiVersion":1,"invoke":"exec","before":"hooks/before","after":"hooks/x/after",
 		"routes":{"_":"a comment","GET /status":["g++","--version"],"POST /show/{id}/{how}":["g++","show","{id}","{how}","{}"]}}}`,
 		map[string]string{"hooks/before": "#!/bin/sh\n", "hooks/x/after": "#!/bin/sh\n"})
-	dir := pluginWrite(t, p, "zealot", `{"plugin":{"type":"trusted","command":"z","invoke":"run"}}`, nil)
+	pluginWrite(t, p, "zealot", `{"plugin":{"type":"trusted","command":"z","invoke":"run"}}`, nil)
 
 	loaded, problems := loadPlugins(p, &settings{PluginsMode: "auto"})
 	if len(problems) != 0 {
@@ -103,15 +103,14 @@ func TestPluginLoads(t *testing.T) {
 		{"POST /api/command/worker/show/{id}/{how}", []string{"g++", "show", "{id}", "{how}", "{}"}}}; !reflect.DeepEqual(worker.routes, want) {
 		t.Errorf("routes %q", worker.routes)
 	}
-	if worker.before != filepath.Join(p.plugins, "worker/hooks/before") || worker.after != filepath.Join(p.plugins, "worker/hooks/x/after") {
+	if worker.before != "hooks/before" || worker.after != "hooks/x/after" {
 		t.Errorf("hooks %q, %q", worker.before, worker.after)
 	}
 	if loaded[3].Description != "A tool to try plugins with." {
 		t.Errorf("description %q", loaded[3].Description)
 	}
-	if problems := doctorPlugins(p, &settings{}); len(problems) != 2 || !problems[0].Warning || problems[0].File != filepath.Join(p.plugins, "skilled/settings.json") ||
-		!problems[1].Warning || problems[1].File != filepath.Join(dir, "settings.json") {
-		t.Errorf("the doctor's problems, of which two remarks were expected: %+v", problems)
+	if problems := doctorPlugins(p, &settings{}); len(problems) != 0 {
+		t.Errorf("the doctor's problems: %+v", problems)
 	}
 }
 
@@ -123,18 +122,18 @@ func TestPluginDocuments(t *testing.T) {
 		t.Fatal("not loaded")
 	}
 	for name, want := range map[string]string{"references/a.md": "A", "public/SKILL.md": "P", "SKILL.md": strings.ReplaceAll(pluginTestSkill, "NAME", "notes")} {
-		if got, ok := loaded[0].document(name); !ok || string(got) != want {
+		if got, ok := loaded[0].docs[name]; !ok || string(got) != want {
 			t.Errorf("document %q is %q, %v", name, got, ok)
 		}
 	}
 	for _, name := range []string{"", "settings.json", "references/b.txt", "references/x/c.md", "public/more.md", "references/../settings.json", "./SKILL.md",
 		"../notes/SKILL.md", filepath.Join(p.plugins, "notes/SKILL.md"), "references/a.md\x00", "references\\a.md", "References/a.md"} {
-		if got, ok := loaded[0].document(name); ok {
+		if got, ok := loaded[0].docs[name]; ok {
 			t.Errorf("document %q is served: %q", name, got)
 		}
 	}
 	pluginMust(t, os.WriteFile(filepath.Join(p.plugins, "notes/SKILL.md"), []byte("changed"), 0o600))
-	if got, _ := loaded[0].document("SKILL.md"); string(got) == "changed" {
+	if got, _ := loaded[0].docs["SKILL.md"]; string(got) == "changed" {
 		t.Error("a document follows its file without a restart")
 	}
 }
@@ -154,10 +153,10 @@ func TestInvalidPlugins(t *testing.T) {
 		{`{"exec":{"tests":{}}}`, `"exec.tests": is not a setting`},
 		{`{"ip":{"allow":"*"}}`, `"ip": is not a setting`},
 		{`{"plugin":{"type":null}}`, ":1:19: plugin.type: is null and must be a string"},
-		{`{"plugin":{"type":"daemon","command":"tool"}}`, `:1:19: plugin.type: unknown type "daemon"`},
-		{`{"plugin":{"type":"","command":"tool"}}`, `unknown type ""`},
-		{`{"plugin":{"type":"system","command":"tool"}}`, `:1:19: plugin.type: "system" is reserved`},
-		{with(`,"invoke":"shell"`), `plugin.invoke: unknown invoke "shell"`},
+		{`{"plugin":{"type":"daemon","command":"tool"}}`, `:1:19: plugin.type: is "daemon" and must be skill, exec or trusted`},
+		{`{"plugin":{"type":"","command":"tool"}}`, `plugin.type: is "" and must be`},
+		{`{"plugin":{"type":"system","command":"tool"}}`, `:1:19: plugin.type: is "system" and must be skill, exec or trusted (system is reserved)`},
+		{with(`,"invoke":"shell"`), `plugin.invoke: is "shell" and must be exec or run`},
 		{with(`,"invoke":"run"`), `plugin.invoke: "run" goes with "type":"trusted" only`},
 		{`{"plugin":{"invoke":"run"}}`, `"type":"trusted" only`},
 		{`{"plugin":{"apiVersion":2}}`, ":1:25: plugin.apiVersion: "},
@@ -189,45 +188,44 @@ func TestInvalidPlugins(t *testing.T) {
 		{`{"plugin":{"command":"tool"},"exec":{"deny":"tool"}}`, `exec.deny: is "tool" and must be an array`},
 		{`{"plugin":{"command":"tool","before":"hooks/ok"}}`, "a skill plugin has neither hooks nor routes"},
 		{`{"plugin":{"command":"tool","routes":{}}}`, "a skill plugin has neither hooks nor routes"},
-		{with(`,"before":""`), `plugin.before: "" is not a path inside`},
-		{with(`,"before":"/bin/sh"`), `plugin.before: "/bin/sh" is not a path inside`},
-		{with(`,"before":"../good/hooks/ok"`), "is not a path inside"},
-		{with(`,"after":"hooks/../../good/hooks/ok"`), "is not a path inside"},
-		{with(`,"after":"./hooks/ok"`), "is not a path inside"},
-		{with(`,"after":"."`), "is not a path inside"},
+		{with(`,"before":"/bin/sh"`), `plugin.before: is "/bin/sh" and must be a path inside`},
+		{with(`,"before":"../good/hooks/ok"`), "must be a path inside"},
+		{with(`,"after":"hooks/../../good/hooks/ok"`), "must be a path inside"},
+		{with(`,"after":"./hooks/ok"`), "must be a path inside"},
+		{with(`,"after":"."`), "must be a path inside"},
 		{with(`,"after":"hooks/ok\u0000"`), "plugin.after: "},
-		{with(`,"after":"hooks/ok\n"`), "is not a path inside"},
+		{with(`,"after":"hooks/ok\n"`), "must be a path inside"},
 		{with(`,"before":"hooks/none"`), "hooks/none: "},
-		{with(`,"before":"hooks"`), "/hooks: the hook cannot be used: it is not a regular file"},
+		{with(`,"before":"hooks"`), "/hooks is not a regular file"},
 		{with(`,"before":"SKILL.md"`), "it is not executable"},
-		{with(`,"before":"hooks/ok/x"`), "hooks/ok/x: the hook cannot be used"},
+		{with(`,"before":"hooks/ok/x"`), "hooks/ok/x: "},
 		{with(`,"routes":["GET /x"]`), "plugin.routes: is an array and must be an object"},
-		{with(`,"routes":{"GET /x":"tool"}`), "a route leads to an array of strings"},
-		{with(`,"routes":{"GET /x":["tool",1]}`), "a route leads to an array of strings"},
+		{with(`,"routes":{"GET /x":"tool"}`), `the route "GET /x" cannot be used`},
+		{with(`,"routes":{"GET /x":["tool",1]}`), `the route "GET /x" cannot be used`},
 		{with(`,"routes":{"GET /x":[]}`), `the route "GET /x" cannot be used`},
 		{with(`,"routes":{"GET /x":[""]}`), "cannot be used"},
 		{with(`,"routes":{"GET /x":["tool","a\u0000"]}`), "cannot be used"},
-		{with(`,"routes":{"/x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"get /x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"HEAD /x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"CONNECT /x":["tool"]}`), "it must begin with one of GET"},
-		{with(`,"routes":{"GET x":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET example.org/x":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET  /x":["tool"]}`), "its path must begin with /"},
-		{with(`,"routes":{"GET /":["tool"]}`), `the path segment ""`},
-		{with(`,"routes":{"GET /x/":["tool"]}`), `the path segment ""`},
-		{with(`,"routes":{"GET /x//y":["tool"]}`), `the path segment ""`},
-		{with(`,"routes":{"GET /../exec":["tool"]}`), `the path segment ".."`},
-		{with(`,"routes":{"GET /%2e%2e/exec":["tool"]}`), `the path segment "%2e%2e"`},
-		{with(`,"routes":{"GET /{x...}":["tool"]}`), `the path segment "{x...}"`},
-		{with(`,"routes":{"GET /{$}":["tool"]}`), `the path segment "{$}"`},
-		{with(`,"routes":{"GET /a{x}":["tool"]}`), `the path segment "a{x}"`},
+		{with(`,"routes":{"/x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"get /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"HEAD /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"CONNECT /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET example.org/x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET  /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"GET /":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /x/":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /x//y":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /../exec":["tool"]}`), "unclean path"},
+		{with(`,"routes":{"GET /%2e%2e/exec":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /{x...}":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /{$}":["tool"]}`), "segments of plain text or {name}"},
+		{with(`,"routes":{"GET /a{x}":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /{1}":["tool"]}`), `bad wildcard name "1"`},
 		{with(`,"routes":{"GET /{x}/{x}":["tool"]}`), `duplicate wildcard name "x"`},
-		{with(`,"routes":{"GET /{x}":["tool","{y}"]}`), "{y} is no wildcard of the path"},
-		{with(`,"routes":{"GET /{x}":["{x}"]}`), "stands for the command itself"},
-		{with(`,"routes":{"GET /{x}":["tool","--id={x}"]}`), "{x} must be a whole argument"},
+		{with(`,"routes":{"GET /{x}":["tool","{y}"]}`), "a {name} of the path stands for a whole argument, and never for the command"},
+		{with(`,"routes":{"GET /{x}":["{x}"]}`), `"{x}": a {name} of the path stands for`},
+		{with(`,"routes":{"GET /{x}":["tool","--id={x}"]}`), `"--id={x}": a {name} of the path stands for`},
 		{with(`,"routes":{"GET /a/{x}":["tool"],"GET /{y}/b":["tool"]}`), "both match some paths"},
 		{with(`,"routes":{"GET /{x}":["tool"],"GET /{y}":["tool"]}`), "matches the same requests as"},
 	} {
@@ -309,8 +307,8 @@ func TestPluginStrictModes(t *testing.T) {
 		"directory world-writable":     {chmod(0o702, ""), "mode 0702"},
 		"settings group-writable":      {chmod(0o660, "settings.json"), "settings.json: "},
 		"SKILL.md world-writable":      {chmod(0o602, "SKILL.md"), "SKILL.md: "},
-		"hook group-writable":          {chmod(0o770, "hooks/before"), "hooks/before: the hook cannot be used"},
-		"hooks/ world-writable":        {chmod(0o707, "hooks"), "hooks/before: the hook cannot be used"},
+		"hook group-writable":          {chmod(0o770, "hooks/before"), "hooks/before: "},
+		"hooks/ world-writable":        {chmod(0o707, "hooks"), "hooks/before: "},
 		"references/ group-writable":   {chmod(0o770, "references"), "references/a.md: "},
 		"hook not executable":          {chmod(0o600, "hooks/before"), "chmod u+x"},
 		"settings a link":              {link("settings.json", "settings.json.real"), "settings.json: "},
@@ -319,9 +317,9 @@ func TestPluginStrictModes(t *testing.T) {
 		"reference a link out":         {link("references/a.md", "../../../settings.json"), "references/a.md: "},
 		"references/ a link out":       {link("references", "../../elsewhere"), "references/a.md: "},
 		"public/ a link out":           {link("public", "/etc"), "public/SKILL.md: "},
-		"hook a link out":              {link("hooks/before", "/bin/sh"), "hooks/before: the hook cannot be used"},
-		"hook a link within":           {link("hooks/before", "before.real"), "hooks/before: the hook cannot be used"},
-		"hooks/ a link":                {link("hooks", "hooks.real"), "hooks/before: the hook cannot be used"},
+		"hook a link out":              {link("hooks/before", "/bin/sh"), "hooks/before: "},
+		"hook a link within":           {link("hooks/before", "before.real"), "hooks/before: "},
+		"hooks/ a link":                {link("hooks", "hooks.real"), "hooks/before: "},
 		"settings a FIFO":              {instead("settings.json", fifo), "not a regular file"},
 		"SKILL.md a FIFO":              {instead("SKILL.md", fifo), "not a regular file"},
 		"reference a FIFO":             {instead("references/a.md", fifo), "not a regular file"},
@@ -330,8 +328,8 @@ func TestPluginStrictModes(t *testing.T) {
 		"settings missing":             {instead("settings.json", func(string) error { return nil }), "settings.json: there is no such file"},
 		"SKILL.md missing":             {instead("SKILL.md", func(string) error { return nil }), "SKILL.md: there is no such file"},
 		"SKILL.md a device":            {link("SKILL.md", "/dev/zero"), "SKILL.md: "},
-		"SKILL.md too large":           {instead("SKILL.md", huge), "larger than"},
-		"settings too large":           {instead("settings.json", huge), "larger than"},
+		"SKILL.md too large":           {instead("SKILL.md", huge), "is larger than"},
+		"settings too large":           {instead("settings.json", huge), "is larger than"},
 		"the directory itself a link":  {func(dir string) error { return errors.Join(os.Rename(dir, dir+"-real"), os.Symlink(dir+"-real", dir)) }, "symbolic link"},
 		"the directory itself no such": {func(dir string) error { return errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)) }, "not a directory"},
 	}
@@ -417,16 +415,14 @@ func TestPluginsEnabled(t *testing.T) {
 func TestPluginAdvice(t *testing.T) {
 	p := pluginPaths(t)
 	pluginWrite(t, p, "nohead", `{}`, map[string]string{"SKILL.md": "# no head\n"})
-	pluginWrite(t, p, "twisted", `{}`, map[string]string{"SKILL.md": "---\nname: other\ndescription: d\n---\nsee references/gone.md, and references/here.md.\n", "references/here.md": ""})
-	pluginWrite(t, p, "wide", `{"plugin":{"type":"trusted","command":"w"},"exec":{"allow":["w *","w one"]}}`, nil)
-	if loaded, _ := loadPlugins(p, &settings{}); len(loaded) != 3 {
+	pluginWrite(t, p, "twisted", `{}`, map[string]string{"SKILL.md": "---\nname: other\ndescription: d\n---\n"})
+	if loaded, _ := loadPlugins(p, &settings{}); len(loaded) != 2 {
 		t.Errorf("advice keeps plugins from loading: %d", len(loaded))
 	}
 	problems := doctorPlugins(p, &settings{})
 	for name, want := range map[string][]string{
 		"nohead":  {"nohead/SKILL.md: "},
-		"twisted": {`has the name "other"`, `"references/gone.md"`},
-		"wide":    {"a trusted plugin is code", `the rule "w *" lets any option through`},
+		"twisted": {`has the name "other"`},
 	} {
 		said := pluginProblems(p, problems, name, true)
 		if strings.Count(said, "\n")+1 != len(want) {
@@ -442,7 +438,7 @@ func TestPluginAdvice(t *testing.T) {
 
 func TestPluginFingerprints(t *testing.T) {
 	p := pluginPaths(t)
-	dir := pluginWrite(t, p, "a", `{}`, map[string]string{"hooks/x": "1", "references/r.md": "r", "frozen": ""})
+	dir := pluginWrite(t, p, "a", `{"plugin":{"type":"exec","command":"a","before":"hooks/x"}}`, map[string]string{"hooks/x": "1", "references/r.md": "r", "frozen": ""})
 	pluginWrite(t, p, "b", `{}`, nil)
 	before := pluginFingerprints(p)
 	if len(before) != 2 || before["plugin:a"] == "" || before["plugin:a"] == before["plugin:b"] || !reflect.DeepEqual(before, pluginFingerprints(p)) {
@@ -452,7 +448,7 @@ func TestPluginFingerprints(t *testing.T) {
 	if !reflect.DeepEqual(before, pluginFingerprints(p)) {
 		t.Error("a file that is not read at start changes the fingerprint")
 	}
-	for _, file := range []string{"settings.json", "SKILL.md", "hooks/x", "references/r.md", "references/new.md"} {
+	for _, file := range []string{"SKILL.md", "hooks/x", "references/r.md", "references/new.md", "settings.json"} {
 		pluginMust(t, os.WriteFile(filepath.Join(dir, file), []byte("something else, and longer"), 0o600))
 		after := pluginFingerprints(p)
 		if after["plugin:a"] == before["plugin:a"] || after["plugin:b"] != before["plugin:b"] {
@@ -538,9 +534,9 @@ func TestHookOutput(t *testing.T) {
 		{"after", `{"result":{"output":"o","stderr":"","exitCode":255,"status":"error","duration":0,"length":9,"signal":"SIGSEGV","error":"e","message":"m"}}`,
 			hookOutput{Result: map[string]any{"output": "o", "stderr": "", "exitCode": int64(255), "status": "error", "duration": int64(0), "length": int64(9), "signal": "SIGSEGV", "error": "e", "message": "m"}}},
 		{"after", `{"result":{"exitCode":null}}`, hookOutput{Result: map[string]any{"exitCode": nil}}},
-		{"before", `{"error":{"status":400,"code":"not_now","message":"later"}}`, hookOutput{Error: &hookError{400, "not_now", "later"}}},
-		{"after", `{"error":{"message":"m","status":599,"code":"a_0"}}`, hookOutput{Error: &hookError{599, "a_0", "m"}}},
-		{"after", message(maxHookText), hookOutput{Error: &hookError{400, "x", strings.Repeat("m", maxHookText)}}},
+		{"before", `{"error":{"status":400,"code":"not_now","message":"later"}}`, hookOutput{Error: &apiError{status: 400, Code: "not_now", Message: "later"}}},
+		{"after", `{"error":{"message":"m","status":599,"code":"a_0"}}`, hookOutput{Error: &apiError{status: 599, Code: "a_0", Message: "m"}}},
+		{"after", message(maxHookText), hookOutput{Error: &apiError{status: 400, Code: "x", Message: strings.Repeat("m", maxHookText)}}},
 	} {
 		if got, err := parseHookOutput([]byte(c.text), c.which); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%s %s: %+v, %v", c.which, c.text, got, err)
@@ -582,7 +578,7 @@ func TestRunHook(t *testing.T) {
 		"silent":        {"cat >/dev/null", "unchanged", ""},
 		"does not read": {"exit 0", "unchanged", ""},
 		"rewrites":      {`echo '{"args":["other"]}'`, `args ["other"]`, ""},
-		"sees it all":   {`grep -q '"args":\["tool","x"\],"originalArgs":\["tool"\],"request":{"method":"POST",.*"plugin":{"name":"p",' && echo '{"error":{"status":418,"code":"seen","message":"m"}}'`, "error 418", ""},
+		"sees it all":   {`grep -q '"args":\["tool","x"\],"originalArgs":\["tool"\],"plugin":{.*"name":"p",.*"request":{"method":"POST"' && echo '{"error":{"status":418,"code":"seen","message":"m"}}'`, "error 418", ""},
 		"exits 1":       {`echo '{"args":["other"]}'; echo why >&2; exit 1`, "", `"why\n"`},
 		"lies":          {"echo ok", "", "no answer"},
 		"is killed":     {"kill -9 $$", "", "SIGKILL"},
@@ -601,7 +597,7 @@ func TestRunHook(t *testing.T) {
 			if len(loaded) != 1 {
 				t.Fatal(problems)
 			}
-			in := hookInput{Args: []string{"tool", "x"}, OriginalArgs: []string{"tool"}, Request: hookRequest{Method: "POST"}, Plugin: hookPlugin{Name: "p"}}
+			in := map[string]any{"args": []string{"tool", "x"}, "originalArgs": []string{"tool"}, "request": map[string]any{"method": "POST"}}
 			out, err := loaded[0].runHook(t.Context(), "before", in, pluginRun(t))
 			got := "unchanged"
 			switch {
@@ -610,7 +606,7 @@ func TestRunHook(t *testing.T) {
 			case out.Args != nil:
 				got = fmt.Sprintf("args %q", out.Args)
 			case out.Error != nil:
-				got = fmt.Sprint("error ", out.Error.Status)
+				got = fmt.Sprint("error ", out.Error.status)
 			}
 			if got != c.want || c.fails != "" && (err == nil || !strings.Contains(err.Error(), c.fails)) {
 				t.Errorf("got %s, want %s; error %v", got, c.want, err)
@@ -653,11 +649,11 @@ func TestHookIsTheFileThatWasChecked(t *testing.T) {
 			}
 			return outcome{end: endExit, exited: true}
 		}
-		if _, err := loaded[0].runHook(t.Context(), "after", hookInput{}, run); err != nil || ran != 1 {
+		if _, err := loaded[0].runHook(t.Context(), "after", map[string]any{}, run); err != nil || ran != 1 {
 			t.Fatalf("unchanged: %v, ran %d times", err, ran)
 		}
-		pluginMust(t, change(loaded[0].after))
-		if _, err := loaded[0].runHook(t.Context(), "after", hookInput{}, run); err == nil || ran != 1 {
+		pluginMust(t, change(filepath.Join(loaded[0].dir, loaded[0].after)))
+		if _, err := loaded[0].runHook(t.Context(), "after", map[string]any{}, run); err == nil || ran != 1 {
 			t.Errorf("%s: it ran all the same (%v)", name, err)
 		}
 	}
@@ -680,16 +676,16 @@ func TestExamplePlugins(t *testing.T) {
 		t.Errorf("the doctor says %+v", doctor)
 	}
 	tail := loaded[1]
-	out, err := tail.runHook(t.Context(), "before", hookInput{Args: []string{"tail"}}, pluginRun(t))
+	out, err := tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t))
 	if err != nil || !reflect.DeepEqual(out, hookOutput{}) {
 		t.Errorf("before: %+v, %v", out, err)
 	}
 	pluginMust(t, os.WriteFile(filepath.Join(tail.dir, "closed"), nil, 0o600))
-	if out, err = tail.runHook(t.Context(), "before", hookInput{Args: []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.Status != 409 {
+	if out, err = tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.status != 409 {
 		t.Errorf("before, closed: %+v, %v", out, err)
 	}
 	for output, withheld := range map[string]bool{"all is well\n": false, "sshd: Failed Password for root\n": true} {
-		in := hookInput{Result: map[string]any{"output": output, "exitCode": 0, "status": "done", "duration": 3, "length": len(output)}}
+		in := map[string]any{"result": map[string]any{"output": output, "exitCode": 0, "status": "done", "duration": 3, "length": len(output)}}
 		if out, err = tail.runHook(t.Context(), "after", in, pluginRun(t)); err != nil || (out.Result != nil) != withheld {
 			t.Errorf("after, %q: %+v, %v", output, out, err)
 		} else if text, _ := out.Result["output"].(string); withheld && out.Result["length"] != int64(len(text)) {
@@ -780,7 +776,7 @@ func pluginCheckMade(t *testing.T, p paths, name string) *plugin {
 	pl := loaded[i]
 	pol, err := compilePolicy([]ruleSet{pl.Rules})
 	pluginMust(t, err)
-	doc, _ := pl.document("SKILL.md")
+	doc, _ := pl.docs["SKILL.md"]
 	if !strings.HasPrefix(string(doc), "---\nname: "+name+"\ndescription: ") || strings.ContainsAny(string(doc), "{}") != (len(pl.Rules.Allow) > 0) {
 		t.Errorf("SKILL.md is %s", doc)
 	}
@@ -851,7 +847,7 @@ func TestCreatePluginOverALink(t *testing.T) {
 	outside := filepath.Join(p.dir, "outside")
 	pluginMust(t, os.Mkdir(outside, 0o700))
 	pluginMust(t, os.WriteFile(filepath.Join(outside, "precious"), nil, 0o600))
-	for _, link := range []string{"x", ".new-x", ".old-x"} {
+	for _, link := range []string{"x", ".new-x"} {
 		pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, link)))
 	}
 	var asked []string
@@ -871,12 +867,10 @@ func TestCreatePluginOverALink(t *testing.T) {
 	}
 }
 
-// TestCreatePluginAfterACrash: whatever an interrupted create or remove left, the server starts, and the next create works.
+// TestCreatePluginAfterACrash: whatever an interrupted create left, the server starts, and the next create works.
 func TestCreatePluginAfterACrash(t *testing.T) {
 	p := pluginPaths(t)
-	for _, name := range []string{".new-x", ".old-x"} {
-		pluginWrite(t, p, name, `{"half`, nil)
-	}
+	pluginWrite(t, p, ".new-x", `{"half`, nil)
 	if loaded, problems := loadPlugins(p, &settings{}); len(loaded)+len(problems) != 0 {
 		t.Errorf("leftovers are loaded: %v, %+v", loaded, problems)
 	}
@@ -899,7 +893,7 @@ func TestUsageIsSafe(t *testing.T) {
 	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, false, probe); err != nil {
 		t.Fatal(err)
 	}
-	usage, _ := pluginCheckMade(t, p, "x").document("references/usage.md")
+	usage, _ := pluginCheckMade(t, p, "x").docs["references/usage.md"]
 	text := string(usage)
 	for _, c := range text {
 		if c < ' ' && c != '\n' && c != '\t' || c >= 0x7f && c < 0xa0 || c == '\u202e' || c == '\u2066' {
@@ -934,7 +928,7 @@ func TestStarterKit(t *testing.T) {
 	probe := toolProbe(t.Context(), theRunner(t), snap)
 	lines := map[string]string{}
 	var order []string
-	progress := func(made pluginMade, err error) {
+	progress := func(made pluginOrder, err error) {
 		order = append(order, made.Name)
 		lines[made.Name] = fmt.Sprint(made.Found, made.Settings != "", errors.Is(err, errPluginExists))
 		if err != nil && !errors.Is(err, errPluginExists) || made.Found && made.Took <= 0 {
@@ -979,7 +973,7 @@ func TestStarterKitWithRealTools(t *testing.T) {
 	p := pluginPaths(t)
 	snap := &snapshot{env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, pathDirs: filepath.SplitList(os.Getenv("PATH"))}
 	found := 0
-	starterKit(p, &settings{}, []string{"git", "go", "node", "npm", "sh"}, false, toolProbe(t.Context(), theRunner(t), snap), func(made pluginMade, err error) {
+	starterKit(p, &settings{}, []string{"git", "go", "node", "npm", "sh"}, false, toolProbe(t.Context(), theRunner(t), snap), func(made pluginOrder, err error) {
 		if err != nil {
 			t.Errorf("%s: %v", made.Name, err)
 		} else if made.Found {
@@ -1397,7 +1391,7 @@ func FuzzHookOutput(f *testing.F) {
 		}
 		if e := out.Error; e != nil {
 			said++
-			if e.Status < 400 || e.Status > 599 || e.Code == "" || e.Message == "" {
+			if e.status < 400 || e.status > 599 || e.Code == "" || e.Message == "" {
 				t.Errorf("%s: error %+v", which, e)
 			}
 		}

@@ -890,14 +890,15 @@ func (c *call) inSlot(j *job, release func()) (out outcome, result map[string]an
 // hook runs one hook of the job's plugin in the job's slot.
 func (c *call) hook(j *job, which string, out *outcome) (hookOutput, *apiError) {
 	p := j.plugin
-	in := hookInput{Args: c.redactAll(j.args), OriginalArgs: c.redactAll(j.sent), Request: c.hookRequest(),
-		Plugin: hookPlugin{Name: p.Name, Type: p.Type, Command: p.Command, Invoke: p.Invoke}}
+	in := map[string]any{"args": c.redactAll(j.args), "originalArgs": c.redactAll(j.sent), "request": c.hookRequest()}
 	if out != nil {
 		var result bytes.Buffer
+		var fields map[string]any
 		writeOutcome(&result, []byte("{"), out, endingOf(out, c.endError(out, false)))
-		if err := json.Unmarshal([]byte(c.s.redact(result.String())), &in.Result); err != nil {
+		if err := json.Unmarshal([]byte(c.s.redact(result.String())), &fields); err != nil {
 			return hookOutput{}, newError("internal")
 		}
+		in["result"] = fields
 	}
 	answer, err := p.runHook(c.r.Context(), which, in, func(_ context.Context, what approved, stdin []byte) outcome {
 		cmd := c.command(what)
@@ -913,13 +914,14 @@ func (c *call) hook(j *job, which string, out *outcome) (hookOutput, *apiError) 
 		c.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", c.id, which, p.Name, c.s.redact(err.Error()))
 		return answer, newError("plugin_" + which + "_error")
 	case answer.Error != nil:
-		return answer, &apiError{status: answer.Error.Status, Code: answer.Error.Code, Message: answer.Error.Message, Hint: "The plugin " + p.Name + " answered so; read its document."}
+		answer.Error.Hint = "The plugin " + p.Name + " answered so; read its document."
+		return answer, answer.Error
 	}
 	return answer, nil
 }
 
 // hookRequest is the request as a hook may see it: without any key.
-func (c *call) hookRequest() hookRequest {
+func (c *call) hookRequest() map[string]any {
 	clean := func(from map[string][]string, secret ...string) map[string][]string {
 		to := map[string][]string{}
 		for name, values := range from {
@@ -930,8 +932,8 @@ func (c *call) hookRequest() hookRequest {
 		return to
 	}
 	query, _ := url.ParseQuery(c.r.URL.RawQuery)
-	return hookRequest{Method: c.r.Method, Path: c.s.redact(c.r.URL.Path), Query: clean(query, "apiKey"), IP: c.peer.String(),
-		Headers: clean(c.r.Header, "Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key")}
+	return map[string]any{"method": c.r.Method, "path": c.s.redact(c.r.URL.Path), "query": clean(query, "apiKey"), "ip": c.peer.String(),
+		"headers": clean(c.r.Header, "Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key")}
 }
 
 func (c *call) redactAll(texts []string) []string {
@@ -1327,7 +1329,7 @@ func (s *server) readSkills() error {
 func (c *call) publicSkills() []document {
 	all := slices.Clone(c.s.skills)
 	for _, p := range c.s.plugins {
-		if doc, ok := p.document("public/SKILL.md"); ok && !c.snap.disabled(p.Name) {
+		if doc, ok := p.docs["public/SKILL.md"]; ok && !c.snap.disabled(p.Name) {
 			all = append(all, document{name: p.Name, description: p.Description, markdown: doc})
 		}
 	}
@@ -1366,7 +1368,7 @@ func (c *call) publicSkill() *apiError {
 func (c *call) pluginDocument() *apiError {
 	name, file, _ := strings.Cut(strings.TrimPrefix(c.r.URL.Path, "/private/skills/"), "/")
 	for _, p := range c.s.plugins {
-		if doc, ok := p.document(file); ok && p.Name == name && !c.snap.disabled(name) {
+		if doc, ok := p.docs[file]; ok && p.Name == name && !c.snap.disabled(name) {
 			return c.document(document{markdown: doc})
 		}
 	}
