@@ -212,7 +212,8 @@ func readPluginFile(dir, name string, hook bool) (data []byte, version fileVersi
 		}
 	}
 	if !hook {
-		return readVersion(filepath.Join(dir, name), false)
+		data, err = readTrusted(filepath.Join(dir, name), false)
+		return data, version, err
 	}
 	f, err := openTrusted(filepath.Join(dir, name), 0)
 	if err != nil {
@@ -246,7 +247,7 @@ func parsePlugin(name, file string, data []byte) (*plugin, error) {
 		return nil, err
 	}
 	text := func(key, pattern, want string) string {
-		return r.string(key, form{re: regexp.MustCompile(`^(` + pattern + `)$`), want: want})
+		return r.string(key, form{regexp.MustCompile(`^(` + pattern + `)$`).MatchString, want})
 	}
 	const hookPath, hookWant = `|[^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*`, "a path inside the plugin's directory, such as hooks/before"
 	p := &plugin{Name: name, Type: text("plugin.type", "skill|exec|trusted", "skill, exec or trusted (system is reserved)"),
@@ -523,7 +524,7 @@ func starterKit(p paths, s *settings, names []string, force bool, probe probeFun
 
 // createPlugin asks the tool and writes a plugin about it. A tool that is not there gets a plugin without rules, unless mustBe.
 func createPlugin(p paths, s *settings, o pluginOrder, mustBe bool, probe probeFunc) (pluginOrder, error) {
-	_, err := parsePlugin(o.Name, "plugin create", fmt.Appendf(nil, `{"plugin":{"type":%q,"command":%q}}`, o.Type, o.Command))
+	_, err := parsePlugin(o.Name, "plugin create", marshal(map[string]any{"plugin": map[string]string{"type": o.Type, "command": o.Command}}))
 	err = cmp.Or(checkPluginWord("name", o.Name, pluginNameChars), err, checkTrustedDir(p.plugins),
 		checkCommandFree(o.Name, o.Command, surveyPlugins(p, s, false)))
 	dir := filepath.Join(p.plugins, o.Name)
