@@ -365,26 +365,36 @@ func (t *jsonText) append(dst, src []byte, last bool) []byte {
 			break
 		}
 	}
-	done := 0 // src[:done] is in dst
-	for i, r := range string(src) {
-		escaped := ""
-		switch {
-		case r == '"' || r == '\\':
-			escaped = `\` + string(r)
-		case r == '\n':
-			escaped = `\n`
-		case r < ' ':
-			escaped = fmt.Sprintf(`\u%04x`, r)
-		case r == utf8.RuneError && !bytes.HasPrefix(src[i:], []byte("\uFFFD")):
-			escaped = "\uFFFD"
-		default:
-			continue
-		}
-		dst = append(append(dst, src[done:i]...), escaped...)
-		done = i + 1
+	if !utf8.Valid(src) {
+		src = []byte(string([]rune(string(src)))) // each bad byte is one U+FFFD
 	}
-	return append(dst, src[done:]...)
+	for {
+		n := 0
+		for n < len(src) && plainJSON[src[n]] {
+			n++
+		}
+		if dst = append(dst, src[:n]...); n == len(src) {
+			return dst
+		}
+		switch b := src[n]; b {
+		case '"', '\\':
+			dst = append(dst, '\\', b)
+		case '\n':
+			dst = append(dst, `\n`...)
+		default:
+			dst = append(dst, '\\', 'u', '0', '0', '0'+b>>4, "0123456789abcdef"[b&15])
+		}
+		src = src[n+1:]
+	}
 }
+
+// plainJSON are the bytes that a JSON string holds as they are.
+var plainJSON = func() (plain [256]bool) {
+	for b := range plain {
+		plain[b] = b >= ' ' && b != '"' && b != '\\'
+	}
+	return plain
+}()
 
 // streamSink writes output as it comes: as NDJSON lines, or raw.
 type streamSink struct {
