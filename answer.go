@@ -1,0 +1,453 @@
+// This file is what a client is told: errors, facts, documents, the outcome of a command, streams; it is apart from server.go, as who may do what is judged there, and how it is said here.
+// It may write answers, through the call that it is given.
+// It must not decide, run or record anything, or touch the connection.
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"encoding/json"
+	"fmt"
+	"io"
+	"math"
+	"os"
+	"os/user"
+	"regexp"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+	"unicode/utf8"
+)
+
+const (
+	encodeBytes       = 64 << 10 // bytes of an answer that are encoded at a time
+	defaultRetryAfter = time.Second
+)
+
+// errorTexts is every error of ours: status, whether the same request may work later, what happened, what to do next.
+var errorTexts = map[string]errorText{
+	"invalid_request":                     {400, false, "The request has both a Content-Length and a Transfer-Encoding, or one that is malformed.", "Send a Content-Length alone, on a new connection."},
+	"invalid_json":                        {400, false, "The body is not one JSON object.", `Send {"args":["command","arg"]} as UTF-8, nothing before or after it, no key twice.`},
+	"unexpected_field":                    {400, false, "The body has a field other than args.", `Send only {"args":["command","arg"]}; there is no cwd, env, shell or stdin.`},
+	"invalid_args":                        {400, false, "args is not a command.", `args is a non-empty array of strings, the first of them the command's name: {"args":["command","arg"]}.`},
+	"invalid_query":                       {400, false, "A query parameter is unknown, repeated or malformed.", "POST /api/exec knows mode=buffered|stream and format=json|text; a command goes into the body."},
+	"stream_plugin_command_not_supported": {400, false, "A plugin's hook stands around this command, so it cannot be streamed.", "Send it without mode=stream."},
+	"unauthorized":                        {401, false, "The API key is missing, wrong, or given more than once.", "Send the key once, as X-API-Key or as Authorization: Bearer."},
+	"command_denied":                      {403, false, "A deny rule refuses this command.", "Do not look for a way around it; GET /api/acl shows what is allowed."},
+	"command_not_allowed":                 {403, false, "No rule allows this command.", "GET /api/acl shows what is allowed; ask the operator if you need more."},
+	"ip_denied":                           {403, false, "Requests from your address are not admitted.", "Ask the operator to admit it in ip.allow."},
+	"not_found":                           {404, false, "There is nothing at this path.", "GET / lists every path; // . and .. are not resolved."},
+	"method_not_allowed":                  {405, false, "This path does not take this method.", "Use a method that the Allow header names; GET never runs a command on /api/exec."},
+	"timeout":                             {408, false, "The command ran longer than timeoutMs and was ended.", "Its work may be half done: look first, then ask for less at a time."},
+	"body_too_large":                      {413, false, "The body is larger than maxRequestBodyBytes.", "Send less; GET /api/acl shows the limits."},
+	"max_output_exceeded":                 {413, false, "The command printed more than maxOutputBytes and was ended.", "Ask the command for less output, or use mode=stream."},
+	"max_stream_output_exceeded":          {413, false, "The command printed more than maxStreamBytes and was ended.", "Ask the command for less output."},
+	"unsupported_media_type":              {415, false, "The body is not application/json.", "Send it with Content-Type: application/json."},
+	"too_many_concurrent_exec":            {429, true, "All command slots are taken, so nothing ran.", "Send it again after Retry-After seconds."},
+	"rate_limited":                        {429, true, "Too many requests came from your address.", "Wait Retry-After seconds, and send fewer."},
+	"client_gone":                         {400, false, "The client closed the connection, so the command was ended.", "Keep the connection open, in both directions, until the answer is there."},
+	"command_not_found":                   {200, false, "The command was not found.", "Name a program on the server's PATH, or give its whole path."},
+	"command_not_executable":              {200, false, "The command cannot be executed.", "Name a program that the server's user may execute."},
+	"internal":                            {500, false, "The server met a fault of its own.", "Tell the operator the X-Request-ID; the command may have run."},
+	"plugin_before_error":                 {500, false, "A plugin's hook failed before the command, so it did not run.", "Tell the operator the X-Request-ID."},
+	"plugin_after_error":                  {500, false, "A plugin's hook failed after the command had run.", "Do not repeat the command blindly; tell the operator the X-Request-ID."},
+	"disabled":                            {503, false, "The operator has switched this server off.", "Ask the operator to set AGENT_EXEC_ENABLED=true and restart."},
+	"settings_invalid":                    {503, true, "The server's settings are unusable, so nothing is allowed.", "Try again after Retry-After seconds; then tell the operator to look at aexec status."},
+	"audit_unavailable":                   {503, false, "The command could not be recorded, so it did not run.", "Tell the operator that the audit log cannot be written."},
+	"shutting_down":                       {503, false, "The server is stopping; a running command was ended.", "Its work may be half done: look first when the server is back."},
+	"http_version_not_supported":          {505, false, "Streaming as text ends with trailers, which HTTP/1.0 does not have.", "Use HTTP/1.1, or leave out format=text."},
+}
+
+type errorText struct {
+	status        int
+	retryable     bool
+	message, hint string
+}
+
+// apiError is the one shape of every error.
+type apiError struct {
+	status    int
+	allow     string        // of a 405
+	after     time.Duration // at least so long before another try, if it is retryable
+	outcome   *outcome      // what was captured before the end
+	Code      string        `json:"error"`
+	Message   string        `json:"message"`
+	Hint      string        `json:"hint"`
+	Retryable bool          `json:"retryable"`
+	Rule      string        `json:"rule,omitempty"`
+	Fields    []string      `json:"fields,omitempty"`
+	MaxOutput int64         `json:"maxOutputBytes,omitempty"`
+}
+
+func newError(code string) *apiError {
+	t := errorTexts[code]
+	return &apiError{status: t.status, Code: code, Message: t.message, Hint: t.hint, Retryable: t.retryable}
+}
+
+// because replaces the message where there is more to say.
+func (e *apiError) because(format string, args ...any) *apiError {
+	e.Message = fmt.Sprintf(format, args...)
+	return e
+}
+
+// fail answers with an error, and with what a command printed before it.
+func (c *call) fail(e *apiError) {
+	h := c.Header()
+	h.Set("Cache-Control", "no-store")
+	if e.allow != "" {
+		h.Set("Allow", e.allow)
+	}
+	if e.Retryable {
+		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(cmp.Or(e.after, defaultRetryAfter).Seconds()))))
+	}
+	if e.outcome == nil {
+		c.json(e.status, e)
+		return
+	}
+	h.Set("Content-Type", "application/json")
+	c.WriteHeader(e.status)
+	head := marshal(e)
+	head[len(head)-1] = ','
+	writeOutcome(c, head, e.outcome, endingOf(e.outcome, nil))
+}
+
+// json answers with one JSON value, in which no text from outside, and no rule, takes the key along.
+func (c *call) json(status int, v any) *apiError {
+	c.Header().Set("Content-Type", "application/json")
+	c.WriteHeader(status)
+	c.Write([]byte(c.s.redact(string(marshal(v))) + "\n"))
+	return nil
+}
+
+// marshal leaves <, > and & as they are: agents read the text, browsers are told not to.
+func marshal(v any) []byte {
+	var b bytes.Buffer
+	enc := json.NewEncoder(&b)
+	enc.SetEscapeHTML(false)
+	if err := enc.Encode(v); err != nil {
+		panic(err) // fail safe: our own types encode
+	}
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
+
+func (c *call) acl() *apiError {
+	lists := map[string][]ruleSpec{"allow": {}, "deny": {}}
+	for _, rule := range c.snap.policy.rules() {
+		lists[rule.List] = append(lists[rule.List], rule.Rule)
+	}
+	machine := map[string]string{"os": runtime.GOOS, "arch": runtime.GOARCH, "cwd": c.snap.cwd, "user": ""}
+	machine["hostname"], _ = os.Hostname()
+	if u, err := user.Current(); err == nil {
+		machine["user"] = u.Username
+	}
+	if c.snap.cred != nil {
+		machine["user"] = c.snap.cred.Name
+	}
+	limits := map[string]int64{"timeoutMs": c.snap.Timeout.Milliseconds(), "maxOutputBytes": c.snap.MaxOutputBytes, "maxStreamBytes": c.snap.MaxStreamBytes,
+		"maxConcurrentExec": int64(c.snap.MaxConcurrentExec), "maxRequestBodyBytes": c.s.maxBody}
+	return c.json(200, map[string]any{"allow": lists["allow"], "deny": lists["deny"], "limits": limits, "machine": machine})
+}
+
+func (c *call) pluginList() *apiError {
+	list := []map[string]string{}
+	for _, p := range c.s.plugins {
+		if !c.snap.disabled(p.Name) {
+			list = append(list, map[string]string{"name": p.Name, "description": p.Description, "command": p.Command, "skill": "/private/skills/" + p.Name + "/SKILL.md"})
+		}
+	}
+	return c.json(200, map[string]any{"plugins": list})
+}
+
+var plainHost = regexp.MustCompile(`^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?$`)
+
+// rootGuide names this server as the client did, if that was a plain name, else by where it listens.
+func (c *call) rootGuide() *apiError {
+	host := c.r.Host
+	if !plainHost.MatchString(host) || c.s.redact(host) != host {
+		host = c.s.address
+	}
+	root, _ := skillFiles.ReadFile("skills/_root.md") // embedded, so there is no error
+	return c.document([]byte(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(string(root))))
+}
+
+// publicSkills are the embedded documents and those that the enabled plugins publish.
+func (c *call) publicSkills() []document {
+	all := slices.Clip(c.s.skills)
+	for _, p := range c.s.plugins {
+		if doc, ok := p.docs["public/SKILL.md"]; ok && !c.snap.disabled(p.Name) {
+			all = append(all, document{name: p.Name, description: p.Description, markdown: doc})
+		}
+	}
+	return all
+}
+
+func (c *call) publicSkill() *apiError {
+	name := cmp.Or(c.r.PathValue("name"), "aexec") // /SKILL.md has no name
+	for _, d := range c.publicSkills() {
+		if d.name == name {
+			return c.document(d.markdown)
+		}
+	}
+	return newError("not_found")
+}
+
+func (c *call) pluginDocument() *apiError {
+	name, file, _ := strings.Cut(strings.TrimPrefix(c.r.URL.Path, "/private/skills/"), "/")
+	for _, p := range c.s.plugins {
+		if doc, ok := p.docs[file]; ok && p.Name == name && !c.snap.disabled(name) {
+			return c.document(doc)
+		}
+	}
+	return newError("not_found")
+}
+
+func (c *call) skillIndex() *apiError {
+	text, list := []byte("# Skills of this machine\n\n"), []map[string]string{}
+	for _, d := range c.publicSkills() {
+		link := "/skills/" + d.name + "/SKILL.md"
+		list = append(list, map[string]string{"name": d.name, "description": d.description, "link": link})
+		text = fmt.Appendf(text, "- [%s](%s): %s\n", d.name, link, d.description)
+	}
+	if prefers(c.r.Header["Accept"], "text/markdown", "text/html", "application/json") == "application/json" {
+		c.Header().Set("Vary", "Accept")
+		return c.json(200, map[string]any{"skills": list})
+	}
+	return c.document(text)
+}
+
+// document answers with markdown, or with a page for those who would rather have HTML.
+func (c *call) document(body []byte) *apiError {
+	kind := prefers(c.r.Header["Accept"], "text/markdown", "text/html")
+	if kind == "text/html" {
+		body = renderHTML(body)
+	}
+	h := c.Header()
+	h.Set("Content-Type", kind+"; charset=utf-8")
+	h.Set("Vary", "Accept")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	c.Write(body)
+	return nil
+}
+
+// ending is what every answer of a command says after its output.
+type ending struct {
+	ExitCode *int   `json:"exitCode"`
+	Signal   string `json:"signal,omitempty"`
+	Status   string `json:"status"`
+	Error    string `json:"error,omitempty"`
+	Message  string `json:"message,omitempty"`
+	Duration int64  `json:"duration"`
+	Length   *int64 `json:"length,omitempty"`
+}
+
+// endingOf describes the end of a run, in the words of e if that is not said before.
+func endingOf(out *outcome, e *apiError) ending {
+	last := ending{Status: "error", Duration: out.duration.Milliseconds(), Length: &out.stdoutBytes}
+	if out.exited && (out.end == endExit || out.end == endStart) {
+		last.ExitCode = &out.exitCode
+	}
+	if out.end == endExit {
+		last.Signal = out.signal
+	}
+	if out.end == endExit && out.exited && out.exitCode == 0 {
+		last.Status = "done"
+	}
+	if e != nil {
+		last.Error, last.Message = e.Code, e.Message
+	}
+	return last
+}
+
+// endError is the error of an end other than exit. Most ends are called what their error is.
+func (c *call) endError(j *job) *apiError {
+	code := string(j.out.end)
+	switch {
+	case j.out.end == endExit:
+		return nil
+	case j.out.end == endStart:
+		code = map[int]string{126: "command_not_executable", 127: "command_not_found"}[j.out.exitCode]
+		return newError(code).because("%s", c.s.redact(fmt.Sprint(j.out.err)))
+	case j.out.end == endOutput && j.sink != nil:
+		code = "max_stream_output_exceeded"
+	case j.out.end == endOutput:
+		code = "max_output_exceeded"
+	}
+	e := newError(code)
+	if e.outcome = &j.out; j.out.end == endOutput {
+		e.MaxOutput = c.snap.MaxOutputBytes
+	}
+	return e
+}
+
+// answer tells how a command ended, if it was streamed after its output, else with it.
+func (c *call) answer(j *job) *apiError {
+	out, e := &j.out, c.endError(j)
+	asShell := out.end == endExit || out.end == endStart
+	switch {
+	case j.sink == nil && !asShell:
+		return e
+	case j.result != nil && !j.text:
+		return c.json(200, j.result)
+	case j.sink == nil && !j.text:
+		c.Header().Set("Content-Type", "application/json")
+		writeOutcome(c, []byte("{"), out, endingOf(out, e))
+		return nil
+	case !j.text:
+		j.sink.finish(endingOf(out, e))
+		return nil
+	}
+	if asShell {
+		c.Header().Set("X-Exit-Code", strconv.Itoa(out.exitCode))
+	}
+	if out.signalNumber > 0 && asShell {
+		c.Header().Set("X-Exit-Code", strconv.Itoa(128+out.signalNumber))
+	}
+	if j.sink != nil {
+		if e != nil {
+			c.Header().Set("X-Exec-Error", e.Code)
+		}
+		c.extend() // for the trailers
+		return nil
+	}
+	pieces := out.stdout
+	if text, ok := j.result["output"].(string); ok {
+		pieces = chunks{[]byte(text)}
+	} else if e != nil {
+		pieces = chunks{[]byte(e.Message + "\n")}
+	} else if out.stdoutBytes == 0 {
+		pieces = out.stderr
+	}
+	c.Header().Set("Content-Type", "text/plain; charset=utf-8")
+	for _, piece := range pieces {
+		c.Write(piece)
+	}
+	return nil
+}
+
+// writeOutcome encodes captured output piece by piece, so that a large one is never held twice. head is an open object.
+func writeOutcome(w io.Writer, head []byte, out *outcome, last ending) {
+	buf := append(head, `"output":"`...)
+	text := func(pieces chunks) {
+		var t jsonText
+		for _, piece := range pieces {
+			if buf = t.append(buf, piece, false); len(buf) >= encodeBytes {
+				w.Write(buf)
+				buf = buf[:0]
+			}
+		}
+		buf = append(t.append(buf, nil, true), `",`...)
+	}
+	if text(out.stdout); out.stderrBytes > 0 {
+		buf = append(buf, `"stderr":"`...)
+		text(out.stderr)
+	}
+	buf = append(buf, marshal(last)[1:]...)
+	w.Write(append(buf, '\n'))
+}
+
+// jsonText writes bytes that come in pieces as the inside of one JSON string. Bytes that are no UTF-8 become U+FFFD;
+// a character that a piece cuts waits for the next.
+type jsonText struct{ cut []byte }
+
+// append appends src escaped; last: nothing comes that could complete a character.
+func (t *jsonText) append(dst, src []byte, last bool) []byte {
+	if len(t.cut) > 0 {
+		src = append(t.cut, src...)
+	}
+	t.cut = nil
+	for n := 1; !last && n < utf8.UTFMax && n <= len(src); n++ {
+		if tail := src[len(src)-n:]; utf8.RuneStart(tail[0]) {
+			if !utf8.FullRune(tail) {
+				src, t.cut = src[:len(src)-n], slices.Clone(tail)
+			}
+			break
+		}
+	}
+	if !utf8.Valid(src) {
+		src = []byte(string([]rune(string(src)))) // each bad byte is one U+FFFD
+	}
+	for {
+		n := 0
+		for n < len(src) && plainJSON[src[n]] {
+			n++
+		}
+		if dst = append(dst, src[:n]...); n == len(src) {
+			return dst
+		}
+		switch b := src[n]; b {
+		case '"', '\\':
+			dst = append(dst, '\\', b)
+		case '\n':
+			dst = append(dst, `\n`...)
+		default:
+			dst = append(dst, '\\', 'u', '0', '0', '0'+b>>4, "0123456789abcdef"[b&15])
+		}
+		src = src[n+1:]
+	}
+}
+
+// plainJSON are the bytes that a JSON string holds as they are.
+var plainJSON = func() (plain [256]bool) {
+	for b := range plain {
+		plain[b] = b >= ' ' && b != '"' && b != '\\'
+	}
+	return plain
+}()
+
+// streamSink writes output as it comes: as NDJSON lines, or raw.
+type streamSink struct {
+	c     *call
+	text  bool
+	parts [2]jsonText
+	buf   []byte
+}
+
+// begin sends the headers, so that the client knows that the command runs.
+func (k *streamSink) begin() {
+	h := k.c.Header()
+	h.Set("Content-Type", "application/x-ndjson")
+	if k.text {
+		h.Set("Content-Type", "text/plain; charset=utf-8")
+		h.Set("Trailer", "X-Exit-Code, X-Exec-Error")
+	}
+	k.c.wrote = true
+	k.c.extend()
+	k.c.control.Flush()
+}
+
+func (k *streamSink) output(stream int, p []byte, idle bool) error {
+	if !k.text {
+		p = k.line(stream, p, false)
+	}
+	if _, err := k.c.Write(p); err != nil || !idle {
+		return err
+	}
+	return k.c.control.Flush()
+}
+
+// line is one NDJSON line, or nothing while a character is cut; last: a cut one will not be completed.
+func (k *streamSink) line(stream int, p []byte, last bool) []byte {
+	part, head, tail := &k.parts[stream-1], `{"output":"`, `","length":%d,"status":"running"}`+"\n"
+	if stream == 2 {
+		head, tail = `{"output":null,"stderr":"`, `","status":"running"}`+"\n"
+	}
+	length := len(part.cut) + len(p)
+	k.buf = part.append(append(k.buf[:0], head...), p, last)
+	if length -= len(part.cut); length == 0 {
+		return nil
+	}
+	if stream == 2 {
+		return append(k.buf, tail...)
+	}
+	return fmt.Appendf(k.buf, tail, length)
+}
+
+// finish writes the one last line.
+func (k *streamSink) finish(last ending) {
+	k.c.Write(k.line(1, nil, true))
+	k.c.Write(k.line(2, nil, true))
+	last.Length = nil
+	k.c.Write(append(append([]byte(`{"output":null,`), marshal(last)[1:]...), '\n'))
+}
