@@ -664,9 +664,9 @@ func TestExamplePlugins(t *testing.T) {
 	p := pluginPaths(t)
 	pluginMust(t, os.Chmod(p.plugins, 0o700))
 	pluginMust(t, os.CopyFS(p.plugins, os.DirFS("testdata/plugins")))
-	pluginMust(t, filepath.WalkDir(p.plugins, func(file string, e fs.DirEntry, err error) error {
+	pluginMust(t, filepath.WalkDir(p.plugins, func(file string, _ fs.DirEntry, walked error) error {
 		info, err := os.Stat(file)
-		return errors.Join(err, os.Chmod(file, info.Mode().Perm()&^0o022)) // whatever the umask of the checkout
+		return errors.Join(walked, err, os.Chmod(file, info.Mode().Perm()&^0o022)) // whatever the umask of the checkout
 	}))
 	loaded, problems := loadPlugins(p, &settings{})
 	if len(loaded) != 2 || len(problems) != 0 {
