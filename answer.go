@@ -69,16 +69,14 @@ type errorText struct {
 // apiError is the one shape of every error.
 type apiError struct {
 	status    int
-	allow     string        // of a 405
-	after     time.Duration // at least so long before another try, if it is retryable
-	outcome   *outcome      // what was captured before the end
-	Code      string        `json:"error"`
-	Message   string        `json:"message"`
-	Hint      string        `json:"hint"`
-	Retryable bool          `json:"retryable"`
-	Rule      string        `json:"rule,omitempty"`
-	Fields    []string      `json:"fields,omitempty"`
-	MaxOutput int64         `json:"maxOutputBytes,omitempty"`
+	outcome   *outcome // what was captured before the end
+	Code      string   `json:"error"`
+	Message   string   `json:"message"`
+	Hint      string   `json:"hint"`
+	Retryable bool     `json:"retryable"`
+	Rule      string   `json:"rule,omitempty"`
+	Fields    []string `json:"fields,omitempty"`
+	MaxOutput int64    `json:"maxOutputBytes,omitempty"`
 }
 
 func newError(code string) *apiError {
@@ -96,11 +94,8 @@ func (e *apiError) because(format string, args ...any) *apiError {
 func (c *call) fail(e *apiError) {
 	h := c.Header()
 	h.Set("Cache-Control", "no-store")
-	if e.allow != "" {
-		h.Set("Allow", e.allow)
-	}
-	if e.Retryable {
-		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(cmp.Or(e.after, defaultRetryAfter).Seconds()))))
+	if e.Retryable && h.Get("Retry-After") == "" {
+		c.retryAfter(defaultRetryAfter)
 	}
 	if e.outcome == nil {
 		c.json(e.status, e)
@@ -111,6 +106,10 @@ func (c *call) fail(e *apiError) {
 	head := marshal(e)
 	head[len(head)-1] = ','
 	writeOutcome(c, head, e.outcome, endingOf(e.outcome, nil))
+}
+
+func (c *call) retryAfter(wait time.Duration) {
+	c.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 }
 
 // json answers with one JSON value, in which no text from outside, and no rule, takes the key along.
@@ -130,6 +129,10 @@ func marshal(v any) []byte {
 		panic(err) // fail safe: our own types encode
 	}
 	return bytes.TrimSuffix(b.Bytes(), newline)
+}
+
+func (c *call) ping() *apiError {
+	return c.json(200, map[string]string{"status": "ok", "version": version})
 }
 
 func (c *call) acl() *apiError {
@@ -281,47 +284,46 @@ func (c *call) endError(j *job) *apiError {
 	return e
 }
 
-// answer tells how a command ended, if it was streamed after its output, else with it.
+// answer tells how a command ended: with its output, or after it if that was streamed.
 func (c *call) answer(j *job) *apiError {
-	out, e := &j.out, c.endError(j)
-	asShell := out.end == endExit || out.end == endStart
-	switch {
-	case j.sink == nil && !asShell:
+	out, e, h := &j.out, c.endError(j), c.Header()
+	asShell := out.end == endExit || out.end == endStart // a shell would have given it an exit code
+	if j.sink == nil && !asShell {
 		return e
-	case j.result != nil && !j.text:
-		return c.json(200, j.result)
-	case j.sink == nil && !j.text:
-		c.Header().Set("Content-Type", "application/json")
-		writeOutcome(c, []byte("{"), out, endingOf(out, e))
-		return nil
-	case !j.text:
-		j.sink.finish(endingOf(out, e))
-		return nil
 	}
-	if asShell {
-		c.Header().Set("X-Exit-Code", strconv.Itoa(out.exitCode))
+	if j.text && asShell {
+		code := out.exitCode
+		if out.signalNumber > 0 {
+			code = 128 + out.signalNumber
+		}
+		h.Set("X-Exit-Code", strconv.Itoa(code))
 	}
-	if out.signalNumber > 0 && asShell {
-		c.Header().Set("X-Exit-Code", strconv.Itoa(128+out.signalNumber))
-	}
-	if j.sink != nil {
+	switch {
+	case j.sink != nil && j.text:
 		if e != nil {
-			c.Header().Set("X-Exec-Error", e.Code)
+			h.Set("X-Exec-Error", e.Code)
 		}
 		c.extend() // for the trailers
-		return nil
-	}
-	pieces := out.stdout
-	if text, ok := j.result["output"].(string); ok {
-		pieces = chunks{[]byte(text)}
-	} else if e != nil {
-		pieces = chunks{[]byte(e.Message + "\n")}
-	} else if out.stdoutBytes == 0 {
-		pieces = out.stderr
-	}
-	c.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	for _, piece := range pieces {
-		c.Write(piece)
+	case j.sink != nil:
+		j.sink.finish(endingOf(out, e))
+	case j.text:
+		h.Set("Content-Type", "text/plain; charset=utf-8")
+		pieces := out.stdout
+		if text, ok := j.result["output"].(string); ok {
+			pieces = chunks{[]byte(text)}
+		} else if e != nil {
+			pieces = chunks{[]byte(e.Message + "\n")}
+		} else if out.stdoutBytes == 0 {
+			pieces = out.stderr
+		}
+		for _, piece := range pieces {
+			c.Write(piece)
+		}
+	case j.result != nil:
+		return c.json(200, j.result)
+	default:
+		h.Set("Content-Type", "application/json")
+		writeOutcome(c, []byte("{"), out, endingOf(out, e))
 	}
 	return nil
 }

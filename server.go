@@ -58,8 +58,9 @@ var fixedHeaders = http.Header{
 	"Referrer-Policy":         {"no-referrer"},
 }
 
-// routes is every path there is, but /ping and those of plugins. All under /api/ and /private/ need the key.
+// routes is every path there is, but those of plugins. All under /api/ and /private/ need the key.
 var routes = map[string]func(*call) *apiError{
+	"GET /ping":                           (*call).ping,
 	"GET /{$}":                            (*call).rootGuide,
 	"GET /SKILL.md":                       (*call).publicSkill,
 	"GET /skills":                         (*call).skillIndex,
@@ -86,7 +87,8 @@ type server struct {
 	stall, patience time.Duration // writeTimeout, requestTimeout, but less in tests
 	mux             *http.ServeMux
 	skills          []document // embedded
-	keyless         *limiter   // requests without a valid key
+	quotedKey       string
+	keyless         *limiter // requests without a valid key
 	withKey         *limiter
 	connMu          sync.Mutex
 	conns           map[net.Conn]time.Time // since when each has been without a whole request; zero: it has one
@@ -155,6 +157,7 @@ func (s *server) prepare(address string) error {
 		return err
 	}
 	s.address = cmp.Or(s.address, address)
+	s.quotedKey = strings.TrimPrefix(strings.TrimSuffix(string(marshal(s.start.key.text)), `"`), `"`)
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
 	s.maxBody, s.conns = snap.MaxRequestBodyBytes, map[net.Conn]time.Time{}
 	s.keyless, s.withKey = newLimiter(snap), newLimiter(snap)
@@ -345,7 +348,10 @@ func (c *call) leave() {
 	panic(http.ErrAbortHandler) // net/http closes the connection without a word
 }
 
-func (s *server) redact(text string) string { return s.start.key.redact(text) }
+// redact knows the key as it is, and as JSON and %q write it.
+func (s *server) redact(text string) string {
+	return s.start.key.redact(strings.ReplaceAll(text, s.quotedKey, redactedKey))
+}
 
 // gates lets a request through to its route, or says why not. Their order is fixed: what a stranger may learn comes first.
 func (c *call) gates() *apiError {
@@ -355,10 +361,9 @@ func (c *call) gates() *apiError {
 		return newError("invalid_request")
 	case !cleanPath(c.r.URL):
 		return newError("not_found")
-	case at == "/ping" && (c.r.Method == "GET" || c.r.Method == "HEAD"):
-		return c.json(200, map[string]string{"status": "ok", "version": version})
 	case at == "/ping":
-		return methodError("GET, HEAD")
+		c.s.mux.ServeHTTP(c, c.r)
+		return nil
 	case !c.s.start.enabled:
 		return newError("disabled")
 	}
@@ -367,9 +372,8 @@ func (c *call) gates() *apiError {
 		c.s.announce(snap, news, err)
 	}
 	if err != nil {
-		e := newError("settings_invalid")
-		e.after = settingsRetryAfter
-		return e
+		c.retryAfter(settingsRetryAfter)
+		return newError("settings_invalid")
 	}
 	c.snap = snap
 	peer, err := netip.ParseAddrPort(c.r.RemoteAddr)
@@ -381,9 +385,8 @@ func (c *call) gates() *apiError {
 		limit = c.s.withKey
 	}
 	if wait := limit.wait(c.peer, time.Now()); wait > 0 {
-		e := newError("rate_limited")
-		e.after = wait
-		return e
+		c.retryAfter(wait)
+		return newError("rate_limited")
 	}
 	command := strings.HasPrefix(at, "/api/command/")
 	if (command || strings.HasPrefix(at, "/private/")) && !c.keyed {
@@ -468,13 +471,8 @@ func (c *call) noRoute() *apiError {
 	if allow == nil {
 		return newError("not_found")
 	}
-	return methodError(strings.Join(allow, ", "))
-}
-
-func methodError(allow string) *apiError {
-	e := newError("method_not_allowed")
-	e.allow = allow
-	return e
+	c.Header().Set("Allow", strings.Join(allow, ", "))
+	return newError("method_not_allowed")
 }
 
 // limiter is a token bucket for each client address (IPv6: each /64, which is what one client has). Beyond maxRateClients those
@@ -704,19 +702,29 @@ func (c *call) inSlot(j *job, release func()) *apiError {
 	return nil
 }
 
-// hook runs one hook of the job's plugin in the job's slot.
+// hook runs one hook of the job's plugin in the job's slot. What it is told is free of the key.
 func (c *call) hook(j *job, which string) (hookOutput, *apiError) {
-	p := j.plugin
-	in := hookInput{Args: c.redactAll(j.args), OriginalArgs: c.redactAll(j.sent), Request: c.hookRequest(),
-		Plugin: hookPlugin{Name: p.Name, Type: p.Type, Command: p.Command, Invoke: p.Invoke}}
+	p, headers, query := j.plugin, maps.Clone(c.r.Header), maps.Clone(c.query)
+	for _, name := range []string{"Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key"} {
+		if headers[name] != nil {
+			headers[name] = []string{redactedKey}
+		}
+	}
+	if query["apiKey"] != nil {
+		query["apiKey"] = []string{redactedKey}
+	}
+	in := hookInput{Args: j.args, OriginalArgs: j.sent, Plugin: hookPlugin{Name: p.Name, Type: p.Type, Command: p.Command, Invoke: p.Invoke},
+		Request: hookRequest{Method: c.r.Method, Path: c.r.URL.Path, Query: query, IP: c.peer.String(), Headers: headers}}
 	if which == "after" {
 		var result bytes.Buffer
 		writeOutcome(&result, []byte("{"), &j.out, endingOf(&j.out, c.endError(j)))
-		if err := json.Unmarshal([]byte(c.s.redact(result.String())), &in.Result); err != nil {
-			return hookOutput{}, newError("internal")
-		}
+		json.Unmarshal(result.Bytes(), &in.Result) // it was made to be read back
 	}
-	answer, err := p.runHook(c.r.Context(), which, in, func(_ context.Context, what approved, stdin []byte) outcome {
+	var told hookInput
+	if err := json.Unmarshal([]byte(c.s.redact(string(marshal(in)))), &told); err != nil {
+		return hookOutput{}, newError("internal")
+	}
+	answer, err := p.runHook(c.r.Context(), which, told, func(_ context.Context, what approved, stdin []byte) outcome {
 		return c.audited(&job{args: what.argv, sent: what.argv, what: what, plugin: p}, stdin)
 	})
 	switch {
@@ -731,29 +739,6 @@ func (c *call) hook(j *job, which string) (hookOutput, *apiError) {
 		return answer, &apiError{status: answer.Error.Status, Code: answer.Error.Code, Message: answer.Error.Message, Hint: "The plugin " + p.Name + " answered so; read its document."}
 	}
 	return answer, nil
-}
-
-// hookRequest is the request as a hook may see it: without any key.
-func (c *call) hookRequest() hookRequest {
-	clean := func(from map[string][]string, secret ...string) map[string][]string {
-		to := map[string][]string{}
-		for name, values := range from {
-			if to[name] = c.redactAll(values); slices.Contains(secret, name) {
-				to[name] = []string{redactedKey}
-			}
-		}
-		return to
-	}
-	return hookRequest{Method: c.r.Method, Path: c.s.redact(c.r.URL.Path), Query: clean(c.query, "apiKey"), IP: c.peer.String(),
-		Headers: clean(c.r.Header, "Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key")}
-}
-
-func (c *call) redactAll(texts []string) []string {
-	clean := make([]string, len(texts))
-	for i, text := range texts {
-		clean[i] = c.s.redact(text)
-	}
-	return clean
 }
 
 // audited runs a command between its two records. Without the first nothing runs. stdin is what a hook is told; nil: no hook.
