@@ -5,18 +5,15 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
 	"math"
 	"os"
 	"os/user"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
-	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -161,77 +158,6 @@ func (c *call) pluginList() *apiError {
 		}
 	}
 	return c.json(200, map[string]any{"plugins": list})
-}
-
-var plainHost = regexp.MustCompile(`^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?$`)
-
-// rootGuide names this server as the client did, if that was a plain name, else by where it listens.
-func (c *call) rootGuide() *apiError {
-	host := c.r.Host
-	if !plainHost.MatchString(host) || c.s.redact(host) != host {
-		host = c.s.address
-	}
-	root, _ := skillFiles.ReadFile("skills/_root.md") // embedded, so there is no error
-	return c.document([]byte(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(string(root))))
-}
-
-// publicSkills are the embedded documents and those that the enabled plugins publish.
-func (c *call) publicSkills() []document {
-	all := slices.Clip(c.s.skills)
-	for _, p := range c.s.plugins {
-		if doc, ok := p.document("public/SKILL.md"); ok && !c.snap.disabled(p.Name) {
-			all = append(all, document{name: p.Name, description: p.Description, markdown: doc})
-		}
-	}
-	return all
-}
-
-func (c *call) publicSkill() *apiError {
-	name := cmp.Or(c.r.PathValue("name"), "aexec") // /SKILL.md has no name
-	for _, d := range c.publicSkills() {
-		if d.name == name {
-			return c.document(d.markdown)
-		}
-	}
-	return newError("not_found")
-}
-
-func (c *call) pluginDocument() *apiError {
-	name, file, _ := strings.Cut(strings.TrimPrefix(c.r.URL.Path, "/private/skills/"), "/")
-	for _, p := range c.s.plugins {
-		if doc, ok := p.document(file); ok && p.Name == name && !c.snap.disabled(name) {
-			return c.document(doc)
-		}
-	}
-	return newError("not_found")
-}
-
-func (c *call) skillIndex() *apiError {
-	text, list := []byte("# Skills of this machine\n\n"), []map[string]string{}
-	for _, d := range c.publicSkills() {
-		link := "/skills/" + d.name + "/SKILL.md"
-		list = append(list, map[string]string{"name": d.name, "description": d.description, "link": link})
-		text = fmt.Appendf(text, "- [%s](%s): %s\n", d.name, link, d.description)
-	}
-	if prefers(c.r.Header["Accept"], "text/markdown", "text/html", "application/json") == "application/json" {
-		c.Header().Set("Vary", "Accept")
-		return c.json(200, map[string]any{"skills": list})
-	}
-	return c.document(text)
-}
-
-// document answers with markdown, or with a page for those who would rather have HTML.
-func (c *call) document(body []byte) *apiError {
-	kind := prefers(c.r.Header["Accept"], "text/markdown", "text/html")
-	if kind == "text/html" {
-		body = renderHTML(body)
-	}
-	h := c.Header()
-	h.Set("Content-Type", kind+"; charset=utf-8")
-	h.Set("Vary", "Accept")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	c.Write(body)
-	return nil
 }
 
 // ending is what every answer of a command says after its output.
