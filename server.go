@@ -175,15 +175,15 @@ func (s *server) handle(pattern string, f func(*call) *apiError) {
 	api := strings.Contains(pattern, " /api/")
 	private := api || strings.Contains(pattern, " /private/")
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, _ *http.Request) {
-		c := w.(*call)
-		var e *apiError
-		if private && !c.keyed {
+		c, e := w.(*call), (*apiError)(nil)
+		switch {
+		case private && !c.keyed:
 			e = c.unauthorized()
-		} else if private {
-			c.Header().Set("Cache-Control", "no-store")
-		}
-		if api && e == nil {
+		case api:
 			e = c.checkQuery()
+		}
+		if private {
+			c.Header().Set("Cache-Control", "no-store")
 		}
 		if e == nil {
 			e = f(c)
