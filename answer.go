@@ -14,6 +14,7 @@ import (
 	"runtime"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 	"unicode/utf8"
 )
@@ -24,38 +25,17 @@ const (
 )
 
 // errorTexts is every error of ours: status, whether the same request may work later, what happened, what to do next.
-var errorTexts = map[string]errorText{
-	"invalid_request":                     {400, false, "The request has both a Content-Length and a Transfer-Encoding, or one that is malformed.", "Send a Content-Length alone, on a new connection."},
-	"invalid_json":                        {400, false, "The body is not one JSON object.", `Send {"args":["command","arg"]} as UTF-8, nothing before or after it, no key twice.`},
-	"unexpected_field":                    {400, false, "The body has a field other than args.", `Send only {"args":["command","arg"]}; there is no cwd, env, shell or stdin.`},
-	"invalid_args":                        {400, false, "args is not a command.", `args is a non-empty array of strings, the first of them the command's name: {"args":["command","arg"]}.`},
-	"invalid_query":                       {400, false, "A query parameter is unknown, repeated or malformed.", "POST /api/exec knows mode=buffered|stream and format=json|text; a command goes into the body."},
-	"stream_plugin_command_not_supported": {400, false, "A plugin's hook stands around this command, so it cannot be streamed.", "Send it without mode=stream."},
-	"unauthorized":                        {401, false, "The API key is missing, wrong, or given more than once.", "Send the key once, as X-API-Key or as Authorization: Bearer."},
-	"command_denied":                      {403, false, "A deny rule refuses this command.", "Do not look for a way around it; GET /api/acl shows what is allowed."},
-	"command_not_allowed":                 {403, false, "No rule allows this command.", "GET /api/acl shows what is allowed; ask the operator if you need more."},
-	"ip_denied":                           {403, false, "Requests from your address are not admitted.", "Ask the operator to admit it in ip.allow."},
-	"not_found":                           {404, false, "There is nothing at this path.", "GET / lists every path; // . and .. are not resolved."},
-	"method_not_allowed":                  {405, false, "This path does not take this method.", "Use a method that the Allow header names; GET never runs a command on /api/exec."},
-	"timeout":                             {408, false, "The command ran longer than timeoutMs and was ended.", "Its work may be half done: look first, then ask for less at a time."},
-	"body_too_large":                      {413, false, "The body is larger than maxRequestBodyBytes.", "Send less; GET /api/acl shows the limits."},
-	"max_output_exceeded":                 {413, false, "The command printed more than maxOutputBytes and was ended.", "Ask the command for less output, or use mode=stream."},
-	"max_stream_output_exceeded":          {413, false, "The command printed more than maxStreamBytes and was ended.", "Ask the command for less output."},
-	"unsupported_media_type":              {415, false, "The body is not application/json.", "Send it with Content-Type: application/json."},
-	"too_many_concurrent_exec":            {429, true, "All command slots are taken, so nothing ran.", "Send it again after Retry-After seconds."},
-	"rate_limited":                        {429, true, "Too many requests came from your address.", "Wait Retry-After seconds, and send fewer."},
-	"client_gone":                         {400, false, "The client closed the connection, so the command was ended.", "Keep the connection open, in both directions, until the answer is there."},
-	"command_not_found":                   {200, false, "The command was not found.", "Name a program on the server's PATH, or give its whole path."},
-	"command_not_executable":              {200, false, "The command cannot be executed.", "Name a program that the server's user may execute."},
-	"internal":                            {500, false, "The server met a fault of its own.", "Tell the operator the X-Request-ID; the command may have run."},
-	"plugin_before_error":                 {500, false, "A plugin's hook failed before the command, so it did not run.", "Tell the operator the X-Request-ID."},
-	"plugin_after_error":                  {500, false, "A plugin's hook failed after the command had run.", "Do not repeat the command blindly; tell the operator the X-Request-ID."},
-	"disabled":                            {503, false, "The operator has switched this server off.", "Ask the operator to set AGENT_EXEC_ENABLED=true and restart."},
-	"settings_invalid":                    {503, true, "The server's settings are unusable, so nothing is allowed.", "Try again after Retry-After seconds; then tell the operator to look at aexec status."},
-	"audit_unavailable":                   {503, false, "The command could not be recorded, so it did not run.", "Tell the operator that the audit log cannot be written."},
-	"shutting_down":                       {503, false, "The server is stopping; a running command was ended.", "Its work may be half done: look first when the server is back."},
-	"http_version_not_supported":          {505, false, "Streaming as text ends with trailers, which HTTP/1.0 does not have.", "Use HTTP/1.1, or leave out format=text."},
-}
+var errorTexts = func() map[string]errorText {
+	texts := map[string]errorText{}
+	file, _ := skillFiles.ReadFile("skills/_errors.txt") // embedded, so there is no error
+	for entry := range strings.SplitSeq(string(file), "\n\n") {
+		lines := strings.Split(entry, "\n")
+		head := strings.Fields(lines[0])
+		status, _ := strconv.Atoi(head[1])
+		texts[head[0]] = errorText{status, len(head) > 2, lines[1], lines[2]}
+	}
+	return texts
+}()
 
 type errorText struct {
 	status        int

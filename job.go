@@ -186,7 +186,8 @@ func (c *call) hook(j *job, which string) (hookOutput, *apiError) {
 		c.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", c.id, which, p.Name, c.s.redact(err.Error()))
 		return answer, newError("plugin_" + which + "_error")
 	case answer.Error != nil:
-		return answer, &apiError{status: answer.Error.Status, Code: answer.Error.Code, Message: answer.Error.Message, Hint: "The plugin " + p.Name + " answered so; read its document."}
+		said := answer.Error
+		return answer, &apiError{status: said.Status, Code: said.Code, Message: said.Message, Hint: "The plugin " + p.Name + " answered so; read its document."}
 	}
 	return answer, nil
 }

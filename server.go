@@ -99,7 +99,8 @@ func listen(host string, port int) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%q is in use by another program: choose another port with --port, or end that program (`aexec stop --force --port %d` names it and kills it)", address, port)
+		return nil, fmt.Errorf("%q is in use by another program: choose another port with --port, or end that program "+
+			"(`aexec stop --force --port %d` names it and kills it)", address, port)
 	case err != nil:
 		return nil, fmt.Errorf("cannot listen on %q, check HOST and PORT (below 1024 only root may): %w", address, err)
 	}
