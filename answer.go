@@ -5,14 +5,12 @@ package main
 
 import (
 	"bytes"
-	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
 	"math"
 	"os"
 	"os/user"
-	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -27,38 +25,17 @@ const (
 )
 
 // errorTexts is every error of ours: status, whether the same request may work later, what happened, what to do next.
-var errorTexts = map[string]errorText{
-	"invalid_request":                     {400, false, "The request has both a Content-Length and a Transfer-Encoding, or one that is malformed.", "Send a Content-Length alone, on a new connection."},
-	"invalid_json":                        {400, false, "The body is not one JSON object.", `Send {"args":["command","arg"]} as UTF-8, nothing before or after it, no key twice.`},
-	"unexpected_field":                    {400, false, "The body has a field other than args.", `Send only {"args":["command","arg"]}; there is no cwd, env, shell or stdin.`},
-	"invalid_args":                        {400, false, "args is not a command.", `args is a non-empty array of strings, the first of them the command's name: {"args":["command","arg"]}.`},
-	"invalid_query":                       {400, false, "A query parameter is unknown, repeated or malformed.", "POST /api/exec knows mode=buffered|stream and format=json|text; a command goes into the body."},
-	"stream_plugin_command_not_supported": {400, false, "A plugin's hook stands around this command, so it cannot be streamed.", "Send it without mode=stream."},
-	"unauthorized":                        {401, false, "The API key is missing, wrong, or given more than once.", "Send the key once, as X-API-Key or as Authorization: Bearer."},
-	"command_denied":                      {403, false, "A deny rule refuses this command.", "Do not look for a way around it; GET /api/acl shows what is allowed."},
-	"command_not_allowed":                 {403, false, "No rule allows this command.", "GET /api/acl shows what is allowed; ask the operator if you need more."},
-	"ip_denied":                           {403, false, "Requests from your address are not admitted.", "Ask the operator to admit it in ip.allow."},
-	"not_found":                           {404, false, "There is nothing at this path.", "GET / lists every path; // . and .. are not resolved."},
-	"method_not_allowed":                  {405, false, "This path does not take this method.", "Use a method that the Allow header names; GET never runs a command on /api/exec."},
-	"timeout":                             {408, false, "The command ran longer than timeoutMs and was ended.", "Its work may be half done: look first, then ask for less at a time."},
-	"body_too_large":                      {413, false, "The body is larger than maxRequestBodyBytes.", "Send less; GET /api/acl shows the limits."},
-	"max_output_exceeded":                 {413, false, "The command printed more than maxOutputBytes and was ended.", "Ask the command for less output, or use mode=stream."},
-	"max_stream_output_exceeded":          {413, false, "The command printed more than maxStreamBytes and was ended.", "Ask the command for less output."},
-	"unsupported_media_type":              {415, false, "The body is not application/json.", "Send it with Content-Type: application/json."},
-	"too_many_concurrent_exec":            {429, true, "All command slots are taken, so nothing ran.", "Send it again after Retry-After seconds."},
-	"rate_limited":                        {429, true, "Too many requests came from your address.", "Wait Retry-After seconds, and send fewer."},
-	"client_gone":                         {400, false, "The client closed the connection, so the command was ended.", "Keep the connection open, in both directions, until the answer is there."},
-	"command_not_found":                   {200, false, "The command was not found.", "Name a program on the server's PATH, or give its whole path."},
-	"command_not_executable":              {200, false, "The command cannot be executed.", "Name a program that the server's user may execute."},
-	"internal":                            {500, false, "The server met a fault of its own.", "Tell the operator the X-Request-ID; the command may have run."},
-	"plugin_before_error":                 {500, false, "A plugin's hook failed before the command, so it did not run.", "Tell the operator the X-Request-ID."},
-	"plugin_after_error":                  {500, false, "A plugin's hook failed after the command had run.", "Do not repeat the command blindly; tell the operator the X-Request-ID."},
-	"disabled":                            {503, false, "The operator has switched this server off.", "Ask the operator to set AGENT_EXEC_ENABLED=true and restart."},
-	"settings_invalid":                    {503, true, "The server's settings are unusable, so nothing is allowed.", "Try again after Retry-After seconds; then tell the operator to look at aexec status."},
-	"audit_unavailable":                   {503, false, "The command could not be recorded, so it did not run.", "Tell the operator that the audit log cannot be written."},
-	"shutting_down":                       {503, false, "The server is stopping; a running command was ended.", "Its work may be half done: look first when the server is back."},
-	"http_version_not_supported":          {505, false, "Streaming as text ends with trailers, which HTTP/1.0 does not have.", "Use HTTP/1.1, or leave out format=text."},
-}
+var errorTexts = func() map[string]errorText {
+	texts := map[string]errorText{}
+	file, _ := skillFiles.ReadFile("skills/_errors.txt") // embedded, so there is no error
+	for entry := range strings.SplitSeq(string(file), "\n\n") {
+		lines := strings.Split(entry, "\n")
+		head := strings.Fields(lines[0])
+		status, _ := strconv.Atoi(head[1])
+		texts[head[0]] = errorText{status, len(head) > 2, lines[1], lines[2]}
+	}
+	return texts
+}()
 
 type errorText struct {
 	status        int
@@ -69,16 +46,14 @@ type errorText struct {
 // apiError is the one shape of every error.
 type apiError struct {
 	status    int
-	allow     string        // of a 405
-	after     time.Duration // at least so long before another try, if it is retryable
-	outcome   *outcome      // what was captured before the end
-	Code      string        `json:"error"`
-	Message   string        `json:"message"`
-	Hint      string        `json:"hint"`
-	Retryable bool          `json:"retryable"`
-	Rule      string        `json:"rule,omitempty"`
-	Fields    []string      `json:"fields,omitempty"`
-	MaxOutput int64         `json:"maxOutputBytes,omitempty"`
+	outcome   *outcome // what was captured before the end
+	Code      string   `json:"error"`
+	Message   string   `json:"message"`
+	Hint      string   `json:"hint"`
+	Retryable bool     `json:"retryable"`
+	Rule      string   `json:"rule,omitempty"`
+	Fields    []string `json:"fields,omitempty"`
+	MaxOutput int64    `json:"maxOutputBytes,omitempty"`
 }
 
 func newError(code string) *apiError {
@@ -96,11 +71,8 @@ func (e *apiError) because(format string, args ...any) *apiError {
 func (c *call) fail(e *apiError) {
 	h := c.Header()
 	h.Set("Cache-Control", "no-store")
-	if e.allow != "" {
-		h.Set("Allow", e.allow)
-	}
-	if e.Retryable {
-		h.Set("Retry-After", strconv.Itoa(int(math.Ceil(cmp.Or(e.after, defaultRetryAfter).Seconds()))))
+	if e.Retryable && h.Get("Retry-After") == "" {
+		c.retryAfter(defaultRetryAfter)
 	}
 	if e.outcome == nil {
 		c.json(e.status, e)
@@ -111,6 +83,10 @@ func (c *call) fail(e *apiError) {
 	head := marshal(e)
 	head[len(head)-1] = ','
 	writeOutcome(c, head, e.outcome, endingOf(e.outcome, nil))
+}
+
+func (c *call) retryAfter(wait time.Duration) {
+	c.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 }
 
 // json answers with one JSON value, in which no text from outside, and no rule, takes the key along.
@@ -130,6 +106,10 @@ func marshal(v any) []byte {
 		panic(err) // fail safe: our own types encode
 	}
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
+
+func (c *call) ping() *apiError {
+	return c.json(200, map[string]string{"status": "ok", "version": version})
 }
 
 func (c *call) acl() *apiError {
@@ -158,77 +138,6 @@ func (c *call) pluginList() *apiError {
 		}
 	}
 	return c.json(200, map[string]any{"plugins": list})
-}
-
-var plainHost = regexp.MustCompile(`^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?$`)
-
-// rootGuide names this server as the client did, if that was a plain name, else by where it listens.
-func (c *call) rootGuide() *apiError {
-	host := c.r.Host
-	if !plainHost.MatchString(host) || c.s.redact(host) != host {
-		host = c.s.address
-	}
-	root, _ := skillFiles.ReadFile("skills/_root.md") // embedded, so there is no error
-	return c.document([]byte(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(string(root))))
-}
-
-// publicSkills are the embedded documents and those that the enabled plugins publish.
-func (c *call) publicSkills() []document {
-	all := slices.Clip(c.s.skills)
-	for _, p := range c.s.plugins {
-		if doc, ok := p.docs["public/SKILL.md"]; ok && !c.snap.disabled(p.Name) {
-			all = append(all, document{name: p.Name, description: p.Description, markdown: doc})
-		}
-	}
-	return all
-}
-
-func (c *call) publicSkill() *apiError {
-	name := cmp.Or(c.r.PathValue("name"), "aexec") // /SKILL.md has no name
-	for _, d := range c.publicSkills() {
-		if d.name == name {
-			return c.document(d.markdown)
-		}
-	}
-	return newError("not_found")
-}
-
-func (c *call) pluginDocument() *apiError {
-	name, file, _ := strings.Cut(strings.TrimPrefix(c.r.URL.Path, "/private/skills/"), "/")
-	for _, p := range c.s.plugins {
-		if doc, ok := p.docs[file]; ok && p.Name == name && !c.snap.disabled(name) {
-			return c.document(doc)
-		}
-	}
-	return newError("not_found")
-}
-
-func (c *call) skillIndex() *apiError {
-	text, list := []byte("# Skills of this machine\n\n"), []map[string]string{}
-	for _, d := range c.publicSkills() {
-		link := "/skills/" + d.name + "/SKILL.md"
-		list = append(list, map[string]string{"name": d.name, "description": d.description, "link": link})
-		text = fmt.Appendf(text, "- [%s](%s): %s\n", d.name, link, d.description)
-	}
-	if prefers(c.r.Header["Accept"], "text/markdown", "text/html", "application/json") == "application/json" {
-		c.Header().Set("Vary", "Accept")
-		return c.json(200, map[string]any{"skills": list})
-	}
-	return c.document(text)
-}
-
-// document answers with markdown, or with a page for those who would rather have HTML.
-func (c *call) document(body []byte) *apiError {
-	kind := prefers(c.r.Header["Accept"], "text/markdown", "text/html")
-	if kind == "text/html" {
-		body = renderHTML(body)
-	}
-	h := c.Header()
-	h.Set("Content-Type", kind+"; charset=utf-8")
-	h.Set("Vary", "Accept")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	c.Write(body)
-	return nil
 }
 
 // ending is what every answer of a command says after its output.
@@ -281,47 +190,46 @@ func (c *call) endError(j *job) *apiError {
 	return e
 }
 
-// answer tells how a command ended, if it was streamed after its output, else with it.
+// answer tells how a command ended: with its output, or after it if that was streamed.
 func (c *call) answer(j *job) *apiError {
-	out, e := &j.out, c.endError(j)
-	asShell := out.end == endExit || out.end == endStart
-	switch {
-	case j.sink == nil && !asShell:
+	out, e, h := &j.out, c.endError(j), c.Header()
+	asShell := out.end == endExit || out.end == endStart // a shell would have given it an exit code
+	if j.sink == nil && !asShell {
 		return e
-	case j.result != nil && !j.text:
-		return c.json(200, j.result)
-	case j.sink == nil && !j.text:
-		c.Header().Set("Content-Type", "application/json")
-		writeOutcome(c, []byte("{"), out, endingOf(out, e))
-		return nil
-	case !j.text:
-		j.sink.finish(endingOf(out, e))
-		return nil
 	}
-	if asShell {
-		c.Header().Set("X-Exit-Code", strconv.Itoa(out.exitCode))
+	if j.text && asShell {
+		code := out.exitCode
+		if out.signalNumber > 0 {
+			code = 128 + out.signalNumber
+		}
+		h.Set("X-Exit-Code", strconv.Itoa(code))
 	}
-	if out.signalNumber > 0 && asShell {
-		c.Header().Set("X-Exit-Code", strconv.Itoa(128+out.signalNumber))
-	}
-	if j.sink != nil {
+	switch {
+	case j.sink != nil && j.text:
 		if e != nil {
-			c.Header().Set("X-Exec-Error", e.Code)
+			h.Set("X-Exec-Error", e.Code)
 		}
 		c.extend() // for the trailers
-		return nil
-	}
-	pieces := out.stdout
-	if text, ok := j.result["output"].(string); ok {
-		pieces = chunks{[]byte(text)}
-	} else if e != nil {
-		pieces = chunks{[]byte(e.Message + "\n")}
-	} else if out.stdoutBytes == 0 {
-		pieces = out.stderr
-	}
-	c.Header().Set("Content-Type", "text/plain; charset=utf-8")
-	for _, piece := range pieces {
-		c.Write(piece)
+	case j.sink != nil:
+		j.sink.finish(endingOf(out, e))
+	case j.text:
+		h.Set("Content-Type", "text/plain; charset=utf-8")
+		pieces := out.stdout
+		if text, ok := j.result["output"].(string); ok {
+			pieces = chunks{[]byte(text)}
+		} else if e != nil {
+			pieces = chunks{[]byte(e.Message + "\n")}
+		} else if out.stdoutBytes == 0 {
+			pieces = out.stderr
+		}
+		for _, piece := range pieces {
+			c.Write(piece)
+		}
+	case j.result != nil:
+		return c.json(200, j.result)
+	default:
+		h.Set("Content-Type", "application/json")
+		writeOutcome(c, []byte("{"), out, endingOf(out, e))
 	}
 	return nil
 }

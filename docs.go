@@ -1,9 +1,10 @@
-// This file is what documents are made of: the embedded ones, frontmatter, negotiation, HTML; it is apart from server.go, as it is about texts, and can be judged without knowing what a request may do.
-// It may turn bytes into other bytes.
-// It must not read a file, know a request, or write an answer.
+// This file is the documents: which there are, their frontmatter, negotiation, HTML; it is apart from answer.go, as it changes with what agents read, not with what they ask.
+// It may choose a text and turn it into another, and hand it to the call that asked.
+// It must not open a file, decide who may read, or use the network itself.
 package main
 
 import (
+	"cmp"
 	"embed"
 	"errors"
 	"fmt"
@@ -14,7 +15,7 @@ import (
 	"strings"
 )
 
-//go:embed skills/*/SKILL.md skills/_root.md
+//go:embed skills/*/SKILL.md skills/_root.md skills/_errors.txt
 var skillFiles embed.FS
 
 // document is one of the texts that an agent reads.
@@ -23,22 +24,13 @@ type document struct {
 	markdown          []byte
 }
 
-func readSkills() (skills []document, err error) {
-	dirs, err := skillFiles.ReadDir("skills")
-	for _, dir := range dirs {
-		if !dir.IsDir() {
-			continue
-		}
-		d, file := document{}, "skills/"+dir.Name()+"/SKILL.md"
-		if d.markdown, err = skillFiles.ReadFile(file); err == nil {
-			d.name, d.description, err = frontmatter(d.markdown)
-		}
-		if err != nil {
-			return nil, fmt.Errorf("embedded document %q: %w", file, err)
-		}
-		skills = append(skills, d)
+func readSkills() (skills []document) {
+	for _, name := range []string{"acl", "aexec", "exec", "install", "plugins", "private"} {
+		text, _ := skillFiles.ReadFile("skills/" + name + "/SKILL.md")
+		_, description, _ := frontmatter(text) // embedded and tested, so there is no error
+		skills = append(skills, document{name, description, text})
 	}
-	return skills, err
+	return skills
 }
 
 // frontmatter reads the name and one-line description at the head of a SKILL.md (Agent Skills); the error says what is wrong with it.
@@ -48,22 +40,90 @@ func frontmatter(doc []byte) (name, description string, err error) {
 	if !strings.HasPrefix(text, "---\n") || !closed {
 		return "", "", errors.New("it does not begin with frontmatter, name and description between two lines of ---")
 	}
+	found := map[string]string{}
 	for line := range strings.SplitSeq(head, "\n") {
 		key, value, _ := strings.Cut(line, ":")
 		if value = strings.TrimSpace(value); len(value) > 1 && strings.ContainsAny(value[:1], `"'`) && value[len(value)-1] == value[0] {
 			value = value[1 : len(value)-1]
 		}
-		switch key {
-		case "name":
-			name = value
-		case "description":
-			description = value
-		}
+		found[key] = value
 	}
+	name, description = found["name"], found["description"]
 	if name == "" || description == "" || strings.ContainsAny(description[:1], "|>") {
 		return name, "", errors.New("its frontmatter needs a name and a description, each on one line")
 	}
 	return name, description, nil
+}
+
+var plainHost = regexp.MustCompile(`^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?$`)
+
+// rootGuide names this server as the client did, if that was a plain name, else by where it listens.
+func (c *call) rootGuide() *apiError {
+	host := c.r.Host
+	if !plainHost.MatchString(host) || c.s.redact(host) != host {
+		host = c.s.address
+	}
+	root, _ := skillFiles.ReadFile("skills/_root.md") // embedded, so there is no error
+	return c.document([]byte(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(string(root))))
+}
+
+// publicSkills are the embedded documents and those that the enabled plugins publish.
+func (c *call) publicSkills() []document {
+	all := slices.Clip(c.s.skills)
+	for _, p := range c.s.plugins {
+		if doc, ok := p.docs["public/SKILL.md"]; ok && !c.snap.disabled(p.Name) {
+			all = append(all, document{name: p.Name, description: p.Description, markdown: doc})
+		}
+	}
+	return all
+}
+
+func (c *call) publicSkill() *apiError {
+	name := cmp.Or(c.r.PathValue("name"), "aexec") // /SKILL.md has no name
+	for _, d := range c.publicSkills() {
+		if d.name == name {
+			return c.document(d.markdown)
+		}
+	}
+	return newError("not_found")
+}
+
+func (c *call) pluginDocument() *apiError {
+	name, file, _ := strings.Cut(strings.TrimPrefix(c.r.URL.Path, "/private/skills/"), "/")
+	for _, p := range c.s.plugins {
+		if doc, ok := p.docs[file]; ok && p.Name == name && !c.snap.disabled(name) {
+			return c.document(doc)
+		}
+	}
+	return newError("not_found")
+}
+
+func (c *call) skillIndex() *apiError {
+	text, list := []byte("# Skills of this machine\n\n"), []map[string]string{}
+	for _, d := range c.publicSkills() {
+		link := "/skills/" + d.name + "/SKILL.md"
+		list = append(list, map[string]string{"name": d.name, "description": d.description, "link": link})
+		text = fmt.Appendf(text, "- [%s](%s): %s\n", d.name, link, d.description)
+	}
+	if prefers(c.r.Header["Accept"], "text/markdown", "text/html", "application/json") == "application/json" {
+		c.Header().Set("Vary", "Accept")
+		return c.json(200, map[string]any{"skills": list})
+	}
+	return c.document(text)
+}
+
+// document answers with markdown, or with a page for those who would rather have HTML.
+func (c *call) document(body []byte) *apiError {
+	kind := prefers(c.r.Header["Accept"], "text/markdown", "text/html")
+	if kind == "text/html" {
+		body = renderHTML(body)
+	}
+	h := c.Header()
+	h.Set("Content-Type", kind+"; charset=utf-8")
+	h.Set("Vary", "Accept")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	c.Write(body)
+	return nil
 }
 
 // prefers picks what an Accept header likes best (RFC 9110, 12.5.1), the first among equals.

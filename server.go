@@ -9,7 +9,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -58,8 +57,9 @@ var fixedHeaders = http.Header{
 	"Referrer-Policy":         {"no-referrer"},
 }
 
-// routes is every path there is, but /ping and those of plugins. All under /api/ and /private/ need the key.
+// routes is every path there is, but those of plugins. All under /api/ and /private/ need the key.
 var routes = map[string]func(*call) *apiError{
+	"GET /ping":                           (*call).ping,
 	"GET /{$}":                            (*call).rootGuide,
 	"GET /SKILL.md":                       (*call).publicSkill,
 	"GET /skills":                         (*call).skillIndex,
@@ -86,7 +86,8 @@ type server struct {
 	stall, patience time.Duration // writeTimeout, requestTimeout, but less in tests
 	mux             *http.ServeMux
 	skills          []document // embedded
-	keyless         *limiter   // requests without a valid key
+	quotedKey       string
+	keyless         *limiter // requests without a valid key
 	withKey         *limiter
 	connMu          sync.Mutex
 	conns           map[net.Conn]time.Time // since when each has been without a whole request; zero: it has one
@@ -98,7 +99,8 @@ func listen(host string, port int) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%q is in use by another program: choose another port with --port, or end that program (`aexec stop --force --port %d` names it and kills it)", address, port)
+		return nil, fmt.Errorf("%q is in use by another program: choose another port with --port, or end that program "+
+			"(`aexec stop --force --port %d` names it and kills it)", address, port)
 	case err != nil:
 		return nil, fmt.Errorf("cannot listen on %q, check HOST and PORT (below 1024 only root may): %w", address, err)
 	}
@@ -151,14 +153,12 @@ func (s *server) prepare(address string) error {
 	if err != nil {
 		return err
 	}
-	if s.skills, err = readSkills(); err != nil {
-		return err
-	}
 	s.address = cmp.Or(s.address, address)
+	s.quotedKey = strings.TrimPrefix(strings.TrimSuffix(string(marshal(s.start.key.text)), `"`), `"`)
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
 	s.maxBody, s.conns = snap.MaxRequestBodyBytes, map[net.Conn]time.Time{}
 	s.keyless, s.withKey = newLimiter(snap), newLimiter(snap)
-	s.mux = http.NewServeMux()
+	s.mux, s.skills = http.NewServeMux(), readSkills()
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.(*call).fail(w.(*call).noRoute()) })
 	for pattern, f := range routes {
 		s.handle(pattern, f)
@@ -176,15 +176,15 @@ func (s *server) handle(pattern string, f func(*call) *apiError) {
 	api := strings.Contains(pattern, " /api/")
 	private := api || strings.Contains(pattern, " /private/")
 	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, _ *http.Request) {
-		c := w.(*call)
-		var e *apiError
-		if private && !c.keyed {
+		c, e := w.(*call), (*apiError)(nil)
+		switch {
+		case private && !c.keyed:
 			e = c.unauthorized()
-		} else if private {
-			c.Header().Set("Cache-Control", "no-store")
-		}
-		if api && e == nil {
+		case api:
 			e = c.checkQuery()
+		}
+		if private {
+			c.Header().Set("Cache-Control", "no-store")
 		}
 		if e == nil {
 			e = f(c)
@@ -345,7 +345,10 @@ func (c *call) leave() {
 	panic(http.ErrAbortHandler) // net/http closes the connection without a word
 }
 
-func (s *server) redact(text string) string { return s.start.key.redact(text) }
+// redact knows the key as it is, and as JSON and %q write it.
+func (s *server) redact(text string) string {
+	return s.start.key.redact(strings.ReplaceAll(text, s.quotedKey, redactedKey))
+}
 
 // gates lets a request through to its route, or says why not. Their order is fixed: what a stranger may learn comes first.
 func (c *call) gates() *apiError {
@@ -355,10 +358,9 @@ func (c *call) gates() *apiError {
 		return newError("invalid_request")
 	case !cleanPath(c.r.URL):
 		return newError("not_found")
-	case at == "/ping" && (c.r.Method == "GET" || c.r.Method == "HEAD"):
-		return c.json(200, map[string]string{"status": "ok", "version": version})
 	case at == "/ping":
-		return methodError("GET, HEAD")
+		c.s.mux.ServeHTTP(c, c.r)
+		return nil
 	case !c.s.start.enabled:
 		return newError("disabled")
 	}
@@ -367,9 +369,8 @@ func (c *call) gates() *apiError {
 		c.s.announce(snap, news, err)
 	}
 	if err != nil {
-		e := newError("settings_invalid")
-		e.after = settingsRetryAfter
-		return e
+		c.retryAfter(settingsRetryAfter)
+		return newError("settings_invalid")
 	}
 	c.snap = snap
 	peer, err := netip.ParseAddrPort(c.r.RemoteAddr)
@@ -381,9 +382,8 @@ func (c *call) gates() *apiError {
 		limit = c.s.withKey
 	}
 	if wait := limit.wait(c.peer, time.Now()); wait > 0 {
-		e := newError("rate_limited")
-		e.after = wait
-		return e
+		c.retryAfter(wait)
+		return newError("rate_limited")
 	}
 	command := strings.HasPrefix(at, "/api/command/")
 	if (command || strings.HasPrefix(at, "/private/")) && !c.keyed {
@@ -468,13 +468,8 @@ func (c *call) noRoute() *apiError {
 	if allow == nil {
 		return newError("not_found")
 	}
-	return methodError(strings.Join(allow, ", "))
-}
-
-func methodError(allow string) *apiError {
-	e := newError("method_not_allowed")
-	e.allow = allow
-	return e
+	c.Header().Set("Allow", strings.Join(allow, ", "))
+	return newError("method_not_allowed")
 }
 
 // limiter is a token bucket for each client address (IPv6: each /64, which is what one client has). Beyond maxRateClients those
@@ -562,266 +557,6 @@ func (c *call) readArgs() ([]string, *apiError) {
 		c.Header().Del("Connection")
 	}
 	return parseExecBody(data)
-}
-
-// parseExecBody reads {"args":[…]} and nothing else.
-func parseExecBody(data []byte) ([]string, *apiError) {
-	body, err := parseStrict(data)
-	if err != nil {
-		return nil, newError("invalid_json").because("The body is not valid JSON: %v.", err)
-	}
-	if body.kind != '{' {
-		return nil, newError("invalid_json")
-	}
-	if fields := slices.DeleteFunc(slices.Clone(body.keys), func(key string) bool { return key == "args" }); len(fields) > 0 {
-		e := newError("unexpected_field")
-		e.Fields = fields
-		return nil, e
-	}
-	if len(body.keys) == 0 || body.items[0].kind != '[' {
-		return nil, newError("invalid_args").because("args is missing or not an array.")
-	}
-	args := []string{}
-	for i, item := range body.items[0].items {
-		if item.kind != '"' || item.surrogate {
-			return nil, newError("invalid_args").because("args[%d] is not a string of Unicode characters.", i)
-		}
-		args = append(args, item.str)
-	}
-	if err := checkArgv(args); err != nil {
-		return nil, newError("invalid_args").because("args cannot be run: %v.", err)
-	}
-	return args, nil
-}
-
-func (c *call) aclCheck() *apiError {
-	args, e := c.readArgs()
-	if e != nil {
-		return e
-	}
-	_, d := c.snap.policy.decide(args)
-	return c.json(200, d)
-}
-
-// job is one command that was decided, on its way through its slot.
-type job struct {
-	args, sent []string // what will run, and what the request asked for
-	what       approved
-	decided    decision
-	plugin     *plugin     // whose hooks stand around it; nil: none
-	sink       *streamSink // nil: buffered
-	text       bool
-	out        outcome
-	result     map[string]any // what the after hook put in place of the answer
-}
-
-func (c *call) exec() (e *apiError) {
-	j := &job{text: c.query.Get("format") == "text"}
-	if c.query.Get("mode") == "stream" {
-		j.sink = &streamSink{c: c, text: j.text}
-	}
-	if j.sink != nil && j.text && !c.r.ProtoAtLeast(1, 1) {
-		return newError("http_version_not_supported")
-	}
-	if j.args, e = c.readArgs(); e != nil {
-		return e
-	}
-	for _, p := range c.s.plugins {
-		if p.before+p.after != "" && p.sees(j.args) && !c.snap.disabled(p.Name) {
-			j.plugin = p
-		}
-	}
-	if j.sink != nil && j.plugin != nil {
-		return newError("stream_plugin_command_not_supported")
-	}
-	j.what, j.decided = c.snap.policy.decide(j.args)
-	return c.run(j)
-}
-
-// pluginRoute runs what a plugin's own route leads to.
-func (c *call) pluginRoute(p *plugin, rt pluginRoute) *apiError {
-	if c.snap.disabled(p.Name) {
-		return newError("not_found")
-	}
-	if c.r.ContentLength != 0 {
-		return newError("unexpected_field").because("This route takes no body.")
-	}
-	argv, err := rt.routeArgv(c.r.PathValue)
-	if err != nil {
-		return newError("invalid_args").because("The path cannot be made a command: %v.", err)
-	}
-	j := &job{args: argv, plugin: p}
-	j.what, j.decided = p.approve(c.snap.policy, argv)
-	return c.run(j)
-}
-
-// run takes a slot for the command and answers when the slot is free again.
-func (c *call) run(j *job) *apiError {
-	if j.sent = j.args; !j.decided.Allowed {
-		return c.denied(j)
-	}
-	release, ok := c.s.runner.acquire(c.snap.MaxConcurrentExec)
-	if !ok && c.s.runner.shuttingDown() {
-		return newError("shutting_down")
-	}
-	if !ok {
-		return newError("too_many_concurrent_exec")
-	}
-	c.control.SetReadDeadline(time.Time{}) // the request is whole; from here a read only watches for a disconnect
-	if e := c.inSlot(j, release); e != nil {
-		return e
-	}
-	return c.answer(j)
-}
-
-// inSlot is all that happens to a command that was allowed: its plugin's before hook, a second decision on what that made of it,
-// the run, the after hook.
-func (c *call) inSlot(j *job, release func()) *apiError {
-	defer release()
-	c.conn.busy.Store(true)
-	defer c.conn.busy.Store(false)
-	p := j.plugin
-	if p != nil && p.before != "" {
-		changed, e := c.hook(j, "before")
-		if e != nil {
-			return e
-		}
-		if changed.Args != nil {
-			j.args = changed.Args
-			if j.what, j.decided = p.approve(c.snap.policy, j.args); !j.decided.Allowed {
-				return c.denied(j)
-			}
-		}
-	}
-	if j.out = c.audited(j, nil); c.unaudited {
-		return newError("audit_unavailable")
-	}
-	if p != nil && p.after != "" && (j.out.end == endExit || j.out.end == endStart) {
-		changed, e := c.hook(j, "after")
-		j.result = changed.Result
-		return e
-	}
-	return nil
-}
-
-// hook runs one hook of the job's plugin in the job's slot.
-func (c *call) hook(j *job, which string) (hookOutput, *apiError) {
-	p := j.plugin
-	in := map[string]any{"args": c.redactAll(j.args), "originalArgs": c.redactAll(j.sent), "request": c.hookRequest()}
-	if which == "after" {
-		var result bytes.Buffer
-		var fields map[string]any
-		writeOutcome(&result, []byte("{"), &j.out, endingOf(&j.out, c.endError(j)))
-		if err := json.Unmarshal([]byte(c.s.redact(result.String())), &fields); err != nil {
-			return hookOutput{}, newError("internal")
-		}
-		in["result"] = fields
-	}
-	answer, err := p.runHook(c.r.Context(), which, in, func(_ context.Context, what approved, stdin []byte) outcome {
-		return c.audited(&job{args: what.argv, sent: what.argv, what: what, plugin: p}, stdin)
-	})
-	switch {
-	case c.unaudited:
-		return answer, newError("audit_unavailable")
-	case err != nil && c.s.runner.shuttingDown():
-		return answer, newError("shutting_down")
-	case err != nil:
-		c.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", c.id, which, p.Name, c.s.redact(err.Error()))
-		return answer, newError("plugin_" + which + "_error")
-	case answer.Error != nil:
-		answer.Error.Hint = "The plugin " + p.Name + " answered so; read its document."
-		return answer, answer.Error
-	}
-	return answer, nil
-}
-
-// hookRequest is the request as a hook may see it: without any key.
-func (c *call) hookRequest() map[string]any {
-	clean := func(from map[string][]string, secret ...string) map[string][]string {
-		to := map[string][]string{}
-		for name, values := range from {
-			if to[name] = c.redactAll(values); slices.Contains(secret, name) {
-				to[name] = []string{redactedKey}
-			}
-		}
-		return to
-	}
-	return map[string]any{"method": c.r.Method, "path": c.s.redact(c.r.URL.Path), "query": clean(c.query, "apiKey"), "ip": c.peer.String(),
-		"headers": clean(c.r.Header, "Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key")}
-}
-
-func (c *call) redactAll(texts []string) []string {
-	clean := make([]string, len(texts))
-	for i, text := range texts {
-		clean[i] = c.s.redact(text)
-	}
-	return clean
-}
-
-// audited runs a command between its two records. Without the first nothing runs. stdin is what a hook is told; nil: no hook.
-func (c *call) audited(j *job, stdin []byte) outcome {
-	rec := c.record("exec_start", j)
-	if err := c.s.audit.append(rec); err != nil {
-		c.s.log.Printf("request %s: nothing runs, exec_start cannot be recorded: %v", c.id, err)
-		c.unaudited = true
-		return outcome{end: endInternal, err: err}
-	}
-	s := c.snap
-	cmd := command{what: j.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits, noNewPrivs: s.Exec.NoNewPrivileges,
-		timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
-	if stdin != nil {
-		cmd.cred = nil // a hook runs as the server's user
-	}
-	if j.sink != nil {
-		cmd.sink, cmd.maxBytes = j.sink, s.MaxStreamBytes
-		j.sink.begin()
-	}
-	out := c.s.runner.run(c.r.Context(), cmd)
-	ms := out.duration.Milliseconds()
-	rec.Event, rec.Reason, rec.Signal, rec.DurationMs = "exec_end", string(out.end), out.signal, &ms
-	rec.StdoutBytes, rec.StderrBytes = &out.stdoutBytes, &out.stderrBytes
-	if out.exited || out.end == endStart {
-		rec.ExitCode = &out.exitCode
-	}
-	if out.end == endInternal {
-		c.s.log.Printf("request %s: the command could not be run: %q", c.id, c.s.redact(fmt.Sprint(out.err)))
-	}
-	c.s.note(rec)
-	return out
-}
-
-// record begins a record of this request, and of its command if there is one.
-func (c *call) record(event string, j *job) auditRecord {
-	r := auditRecord{Event: event, RequestID: c.id, SourceIP: c.peer.String(), AuthSource: c.source, Endpoint: c.r.URL.Path}
-	if c.keyed {
-		r.APIKeyID = c.s.start.key.id()
-	}
-	if j == nil {
-		return r
-	}
-	r.Mode, r.Argv, r.Cwd, r.ACLDecision, r.Rule = "buffered", j.args, c.snap.cwd, "allow", j.decided.Rule
-	if j.sink != nil {
-		r.Mode = "stream"
-	}
-	if j.plugin != nil {
-		r.Plugin = j.plugin.Name
-	}
-	if !slices.Equal(j.args, j.sent) {
-		r.OriginalArgv = j.sent
-	}
-	return r
-}
-
-func (c *call) denied(j *job) *apiError {
-	e := newError("command_not_allowed")
-	if j.decided.List == "deny" {
-		e = newError("command_denied")
-		e.Rule = j.decided.Rule
-	}
-	r := c.record("exec_denied", j)
-	r.ACLDecision, r.DenialReason = "deny", e.Code
-	c.s.note(r)
-	return e
 }
 
 // probeServer asks a server for one path, with a key or (nil) without, and gives the status and the beginning of the body.

@@ -725,6 +725,17 @@ func TestServerStalledReader(t *testing.T) {
 	}
 }
 
+// TestServerSilentStream: a command may be silent for longer than one write may take, and its end is told all the same.
+func TestServerSilentStream(t *testing.T) {
+	ts := startServer(t, openSettings, nil, func(s *server) { s.stall = 100 * time.Millisecond })
+	for query, want := range map[string]string{"?mode=stream": `"exitCode":3`, "?mode=stream&format=text": ""} {
+		resp, body := ts.exec(query, "sh", "-c", "printf a; sleep 0.4; exit 3")
+		if !strings.Contains(body, want) || want == "" && resp.Trailer.Get("X-Exit-Code") != "3" {
+			t.Errorf("%s: %q, %v", query, body, resp.Trailer)
+		}
+	}
+}
+
 func replaceInvalid(b []byte) string {
 	var s strings.Builder
 	for _, r := range string(b) {
@@ -1020,6 +1031,23 @@ func TestServerKeyNowhere(t *testing.T) {
 	} {
 		if answer := ts.raw(request); strings.Contains(answer, serverTestKey) {
 			t.Errorf("%q: %q", request, answer)
+		}
+	}
+}
+
+// TestServerQuotedKey: a key that JSON and %q write with backslashes is found there too.
+func TestServerQuotedKey(t *testing.T) {
+	const text = `0123456789"quoted\key"`
+	key, err := newAPIKey(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ts := startServer(t, openSettings, nil, func(s *server) { s.start.key = key })
+	quoted, _ := json.Marshal(text)
+	for _, body := range []string{`{` + string(quoted) + `:1}`, `{"args":["printf","%s",` + string(quoted[:len(quoted)-1]) + `\u0000"]}`, `{"args":["/` + string(quoted[1:]) + `]}`} {
+		resp, answer := ts.do("POST", "/api/exec", body, "X-API-Key", text)
+		if resp.StatusCode == 401 || strings.Contains(answer, "quoted") || !strings.Contains(answer, redactedKey) && strings.Contains(body, ":1}") {
+			t.Errorf("%s: %d %s", body, resp.StatusCode, answer)
 		}
 	}
 }
