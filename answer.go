@@ -89,11 +89,6 @@ func (c *call) retryAfter(wait time.Duration) {
 	c.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
 }
 
-// redact knows the key as it is, and as JSON and %q write it.
-func (s *server) redact(text string) string {
-	return s.start.key.redact(strings.ReplaceAll(text, s.quotedKey, redactedKey))
-}
-
 // json answers with one JSON value, in which no text from outside, and no rule, takes the key along.
 func (c *call) json(status int, v any) *apiError {
 	c.Header().Set("Content-Type", "application/json")

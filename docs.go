@@ -122,7 +122,7 @@ func (c *call) document(body []byte) *apiError {
 	h.Set("Content-Type", kind+"; charset=utf-8")
 	h.Set("Vary", "Accept")
 	h.Set("Content-Length", strconv.Itoa(len(body)))
-	c.writeOnce(body)
+	c.Write(body)
 	return nil
 }
 

@@ -46,7 +46,6 @@ const (
 	maxConns           = 512                 // open connections
 	maxPipelined       = 64 << 10            // bytes that a client may send behind a running command
 	maxRateClients     = 4096                // addresses with a rate limit of their own, for each class
-	headRoom           = 1 << 10             // bytes for an answer's head
 	probeTime          = 5 * time.Second
 	probeBody          = 4096 // bytes
 )
@@ -229,12 +228,12 @@ type watchedConn struct {
 	mu     sync.Mutex
 	seen   []byte // since the last answer
 	behind []byte // what was sent while busy
-	held   []byte // of an answer that is to go out at once; nil: each write goes out
 }
 
-type connKey struct{}
-
-type watchedListener struct{ net.Listener }
+type (
+	watchedListener struct{ net.Listener }
+	connKey         struct{}
+)
 
 func (l watchedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
@@ -264,14 +263,6 @@ func (w *watchedConn) Read(p []byte) (int, error) {
 			return 0, errors.New("too much was sent behind a running command")
 		}
 	}
-}
-
-func (w *watchedConn) Write(p []byte) (int, error) {
-	if w.held != nil {
-		w.held = append(w.held, p...)
-		return len(p), nil
-	}
-	return w.TCPConn.Write(p)
 }
 
 // ambiguous says whether the request's head has both framings, or may have: a chunked request behind a pipelined one is refused unseen.
@@ -332,18 +323,6 @@ func (c *call) Write(p []byte) (int, error) {
 	return c.ResponseWriter.Write(p)
 }
 
-// writeOnce sends head and body with one system call, where net/http makes two: they are most of what a document costs.
-func (c *call) writeOnce(body []byte) {
-	c.conn.held = make([]byte, 0, len(body)+headRoom)
-	c.Write(body)
-	c.control.Flush()
-	all := c.conn.held
-	c.conn.held = nil
-	if _, err := c.conn.Write(all); err != nil {
-		panic(http.ErrAbortHandler) // what was written of it cannot be taken back
-	}
-}
-
 // leave turns a panic into an answer if none has begun, and lets the server live.
 func (c *call) leave() {
 	c.conn.mu.Lock()
@@ -364,6 +343,11 @@ func (c *call) leave() {
 		}
 	}
 	panic(http.ErrAbortHandler) // net/http closes the connection without a word
+}
+
+// redact knows the key as it is, and as JSON and %q write it.
+func (s *server) redact(text string) string {
+	return s.start.key.redact(strings.ReplaceAll(text, s.quotedKey, redactedKey))
 }
 
 // gates lets a request through to its route, or says why not. Their order is fixed: what a stranger may learn comes first.
