@@ -159,7 +159,8 @@ func newLifeHome(t testing.TB, settings map[string]any) *lifeHome {
 			h.run("stop", "--force")
 		}
 		if t.Failed() {
-			t.Logf("the server's log:\n%s", h.read("agent-exec.log"))
+			log := h.read("agent-exec.log")
+			t.Logf("the end of the server's log:\n%s", log[max(0, len(log)-4000):])
 		}
 	})
 	return h
@@ -349,6 +350,7 @@ type lifeAnswer struct {
 	header  http.Header
 	trailer http.Header
 	body    string
+	last    bool // on its connection
 }
 
 func (a lifeAnswer) object() (o struct {
@@ -413,7 +415,7 @@ func lifeRest(answer *http.Response) (a lifeAnswer, err error) {
 	if err != nil {
 		err = fmt.Errorf("%w after %d bytes: %w", errLifeBroken, len(body), err)
 	}
-	return lifeAnswer{answer.StatusCode, answer.Header, answer.Trailer, string(body)}, err
+	return lifeAnswer{answer.StatusCode, answer.Header, answer.Trailer, string(body), answer.Close}, err
 }
 
 func (c *lifeClient) exec(query string, args ...string) (lifeAnswer, error) {
@@ -544,10 +546,23 @@ const lifeMany = `trap '' TERM
 
 const lifeManyWords = 3 // with lifeHolds' own
 
+// TestLife's parts each have a home and a server of their own, and run beside one another: most wait most of the time.
+func TestLife(t *testing.T) {
+	for name, test := range map[string]func(*testing.T){
+		"killed server": lifeKilled, "stop": lifeStop, "restart under load": lifeRestart, "ends": lifeEnds, "one slot": lifeOneSlot,
+		"floods": lifeFloods, "runs": lifeRuns, "streams": lifeStreams, "key rotation": lifeKeyRotation, "key nowhere": lifeKeyNowhere,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			test(t)
+		})
+	}
+}
+
 // ---- death
 
-// TestLifeKilledServer: what a killed server's commands left is ended by the next start, and by that of no other home.
-func TestLifeKilledServer(t *testing.T) {
+// lifeKilled: what a killed server's commands left is ended by the next start, and by that of no other home.
+func lifeKilled(t *testing.T) {
 	h, other := newLifeHome(t, nil), newLifeHome(t, nil)
 	h.serve("start")
 	other.serve("start")
@@ -589,8 +604,8 @@ func TestLifeKilledServer(t *testing.T) {
 	lifePairs(t, other.verified())
 }
 
-// TestLifeStop ends a server amid commands: everybody gets an answer with what was captured.
-func TestLifeStop(t *testing.T) {
+// lifeStop ends a server amid commands: everybody gets an answer with what was captured.
+func lifeStop(t *testing.T) {
 	for _, way := range []string{"SIGTERM", "stop"} {
 		t.Run(way, func(t *testing.T) {
 			h, w := newLifeHome(t, nil), newLifeWitness(t)
@@ -663,8 +678,8 @@ func TestLifeStop(t *testing.T) {
 	}
 }
 
-// TestLifeRestartUnderLoad: whoever asks while the server comes and goes gets the right answer, a clean refusal, or none.
-func TestLifeRestartUnderLoad(t *testing.T) {
+// lifeRestart: whoever asks while the server comes and goes gets the right answer, a clean refusal, or none.
+func lifeRestart(t *testing.T) {
 	h := newLifeHome(t, nil)
 	h.write(".env", strings.Replace(h.read(".env"), "PORT=0", "PORT=3333", 1))
 	h.serve("start")
@@ -769,8 +784,8 @@ func TestLifeRestartUnderLoad(t *testing.T) {
 
 // ---- every start has its end
 
-// TestLifeEnds ends a command in every way there is, and looks for the record of that.
-func TestLifeEnds(t *testing.T) {
+// lifeEnds ends a command in every way there is, and looks for the record of that.
+func lifeEnds(t *testing.T) {
 	h := newLifeHome(t, map[string]any{"maxOutputBytes": 5000, "maxStreamBytes": 7000})
 	h.serve("start")
 	type want struct {
@@ -838,7 +853,7 @@ func TestLifeEnds(t *testing.T) {
 	}
 
 	// timeouts, all at once, under settings that leave each command time to begin
-	h.settings(map[string]any{"timeoutMs": 2000})
+	h.settings(map[string]any{"timeoutMs": 4000})
 	w := newLifeWitness(t)
 	var late []*lifeClient
 	for _, m := range modes {
@@ -881,8 +896,8 @@ func TestLifeEnds(t *testing.T) {
 	}
 }
 
-// TestLifeOneSlot: when an answer is whole, its slot is free.
-func TestLifeOneSlot(t *testing.T) {
+// lifeOneSlot: when an answer is whole, its slot is free.
+func lifeOneSlot(t *testing.T) {
 	h := newLifeHome(t, map[string]any{"maxConcurrentExec": 1, "maxOutputBytes": 4000, "maxStreamBytes": 4000})
 	h.serve("start")
 	queries := []string{"", "?mode=stream", "?format=text", "?mode=stream&format=text"}
@@ -898,7 +913,7 @@ func TestLifeOneSlot(t *testing.T) {
 		if err != nil || a.code != 200 && a.code != 413 {
 			t.Fatalf("request %d, %s %q: %v, %d %.200s", i, query, args, err, a.code, a.body)
 		}
-		if a.header.Get("Connection") == "close" || i%7 == 0 {
+		if a.last || i%7 == 0 {
 			c.Close()
 			c = h.dial()
 		}
@@ -967,8 +982,8 @@ func (h *lifeHome) levels(before lifeCost, slackKiB int) {
 	})
 }
 
-// TestLifeFloods: eight floods of a MiB at once, that many bytes six times as long in JSON, and endless ones.
-func TestLifeFloods(t *testing.T) {
+// lifeFloods: eight floods of a MiB at once, that many bytes six times as long in JSON, and endless ones.
+func lifeFloods(t *testing.T) {
 	h := newLifeHome(t, map[string]any{"maxOutputBytes": 1 << 20})
 	h.serve("start")
 	for range 20 {
@@ -993,8 +1008,8 @@ func TestLifeFloods(t *testing.T) {
 	}
 }
 
-// TestLifeRuns: a thousand commands leave the server as a hundred do.
-func TestLifeRuns(t *testing.T) {
+// lifeRuns: a thousand commands leave the server as a hundred do.
+func lifeRuns(t *testing.T) {
 	h := newLifeHome(t, map[string]any{"maxStreamBytes": 100 << 10})
 	h.serve("start")
 	runs := func(n int) {
@@ -1024,7 +1039,7 @@ func TestLifeRuns(t *testing.T) {
 
 // ---- streams
 
-func TestLifeStreams(t *testing.T) {
+func lifeStreams(t *testing.T) {
 	for name, test := range map[string]func(*testing.T, *lifeHome){
 		"at once": lifeAtOnce, "characters": lifeCharacters, "pressure": lifePressure, "late": lifeLate, "stalled": lifeStalled,
 	} {
@@ -1032,7 +1047,7 @@ func TestLifeStreams(t *testing.T) {
 			if name == "stalled" && testing.Short() {
 				t.Skip("the server waits half a minute for a client that reads nothing")
 			}
-			t.Parallel() // with one another alone
+			t.Parallel()
 			h := newLifeHome(t, map[string]any{"maxStreamBytes": 1 << 30})
 			h.serve("start")
 			test(t, h)
@@ -1221,8 +1236,8 @@ func (h *lifeHome) answers(key string) int {
 	return a.code
 }
 
-// TestLifeKeyRotation kills rotations at any moment: .env has the old key or a new one, and the server goes on with its own.
-func TestLifeKeyRotation(t *testing.T) {
+// lifeKeyRotation kills rotations at any moment: .env has the old key or a new one, and the server goes on with its own.
+func lifeKeyRotation(t *testing.T) {
 	h := newLifeHome(t, nil)
 	h.serve("start")
 	begun := time.Now()
@@ -1311,8 +1326,8 @@ func (h *lifeHome) keyless(key string) {
 	}
 }
 
-// TestLifeKeyNowhere sends the key to wherever it does not belong, and looks for it wherever it must not be.
-func TestLifeKeyNowhere(t *testing.T) {
+// lifeKeyNowhere sends the key to wherever it does not belong, and looks for it wherever it must not be.
+func lifeKeyNowhere(t *testing.T) {
 	for _, from := range []string{".env", "environment"} {
 		t.Run(from, func(t *testing.T) {
 			h := newLifeHome(t, nil)
