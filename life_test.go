@@ -298,8 +298,9 @@ func (h *lifeHome) records() (all []lifeRecord) {
 func (h *lifeHome) verified() []lifeRecord {
 	h.t.Helper()
 	all := h.records()
-	if said := h.must("audit", "verify"); !strings.Contains(said, fmt.Sprintf("ok: %d records", len(all))) || strings.Contains(said, "torn") {
-		h.t.Errorf("of %d records it says %q", len(all), said)
+	said, lines := h.must("audit", "verify"), strings.Count(h.read("audit.jsonl"), "\n")
+	if !strings.Contains(said, fmt.Sprintf("ok: %d records", len(all))) || lines != len(all) {
+		h.t.Errorf("of %d records in %d lines it says %q", len(all), lines, said)
 	}
 	return all
 }

@@ -92,7 +92,7 @@ func TestBuildIsReproducible(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		provenanceGo(t, dir, []string{"CGO_ENABLED=0", "PWD=" + dir}, "build", "-trimpath", "-buildvcs=false", "-ldflags=-s -w -buildid=", "-o", out, ".")
+		provenanceGo(t, dir, []string{"CGO_ENABLED=0", "PWD=" + dir}, "build", "-trimpath", "-buildvcs=false", "-tags=nethttpomithttp2", "-ldflags=-s -w -buildid=", "-o", out, ".")
 		var err error
 		if built[i], err = os.ReadFile(out); err != nil {
 			t.Fatal(err)
