@@ -572,10 +572,14 @@ func lifeKilled(t *testing.T) {
 	for i := range commands {
 		h.begin([]string{"", "?mode=stream"}[i%2], lifeHolds(doomed, lifeMany)...)
 	}
+	first := newLifeWitness(t)
+	h.begin("", lifeHolds(first, "exec sleep 1000")...)
+	first.hear(1)
 	other.begin("", lifeHolds(spared, lifeMany)...)
 	doomed.hear(commands * lifeManyWords)
 	spared.hear(lifeManyWords)
 	h.kill()
+	first.ended() // with the server, as each command's first process
 	if !doomed.alive() {
 		t.Error("nothing outlived the server, so this test proves nothing")
 	}
@@ -593,7 +597,7 @@ func lifeKilled(t *testing.T) {
 	spared.ended()
 	h.must("stop")
 	all := h.verified()
-	if n := len(lifeEvents(all, "exec_start")); n != commands+1 {
+	if n := len(lifeEvents(all, "exec_start")); n != commands+2 {
 		t.Errorf("%d starts are recorded", n)
 	}
 	starts := lifeEvents(all, "server_start")
@@ -828,9 +832,9 @@ func lifeEnds(t *testing.T) {
 	h.exec("", "no-such-command") // has no last argument of its own
 	wants["no-such-command"] = want{reason: "start_failed", code: 127, mode: "buffered"}
 
-	// the client goes: closes, resets, or closes its own direction only
+	// the client goes: closes, resets, closes its own direction only, or closes behind a further request
 	for _, m := range modes {
-		for _, way := range []string{"close", "reset", "half"} {
+		for _, way := range []string{"close", "reset", "half", "pipelined"} {
 			w := newLifeWitness(t)
 			c := h.begin(m.query, append(lifeHolds(w, "exec sleep 1000"), name(want{reason: "client_gone", signal: "SIGTERM", code: -1, mode: m.mode}))...)
 			w.hear(1)
@@ -839,6 +843,9 @@ func lifeEnds(t *testing.T) {
 				c.SetLinger(0)
 				c.Close()
 			case "close":
+				c.Close()
+			case "pipelined":
+				fmt.Fprint(c, "GET /ping HTTP/1.1\r\nHost: x\r\n\r\n")
 				c.Close()
 			case "half":
 				c.CloseWrite()
@@ -1249,6 +1256,22 @@ func lifeKeyRotation(t *testing.T) {
 	tries := 40
 	if testing.Short() {
 		tries = 10
+	}
+	var reader sync.WaitGroup
+	var enough atomic.Bool
+	defer reader.Wait()
+	defer enough.Store(true)
+	reader.Go(func() { // whoever reads in between finds it whole
+		for !enough.Load() {
+			if text := h.read(".env"); len(lifeKeyLine.FindAllString(text, -1)) != 1 || !strings.HasSuffix(text, "=true\n") {
+				t.Errorf("in between .env is %q", text)
+				return
+			}
+		}
+	})
+	// a full disk is a certain interruption: no file may grow
+	if code, _, _ := lifeStart(t, h.env, "sh", "-c", `ulimit -f 0; exec "$0" key rotate`, buildBinary(t)).wait(); code == 0 || h.envKey() != now {
+		t.Errorf("a rotation that can write nothing: exit %d, the key has changed: %v", code, h.envKey() != now)
 	}
 	for range tries {
 		p := lifeStart(t, h.env, buildBinary(t), "key", "rotate")
