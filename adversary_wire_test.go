@@ -46,7 +46,9 @@ func startWire(t *testing.T, settings string) *wireServer {
 	}
 	h.write(filepath.Join(h.plugins, "tool", "settings.json"), wirePlugin)
 	h.foreground()
-	return &wireServer{h, t, h.server().Address}
+	w := &wireServer{h, t, h.server().Address}
+	wireCheck(t, "start", w.raw(wirePing), "200") // settings that go bad before the first answer still end the server
+	return w
 }
 
 func (w *wireServer) dial() *net.TCPConn {
