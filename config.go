@@ -459,6 +459,7 @@ type snapshot struct {
 	settings
 	policy   *policy
 	env      []string    // the built environment of commands, key-free, sorted
+	hookEnv  []string    // of hooks: they run as the server's user, whose home is not exec.user's to write to
 	pathDirs []string    // the server's own PATH, absolute directories only, where commands are found
 	cwd      string      // absolute
 	cred     *credential // nil: the server's own user
@@ -483,6 +484,7 @@ func newSnapshot(p paths, data []byte, plugins []ruleSet) (*snapshot, error) {
 		}
 	}
 	s.env, s.pathDirs = buildEnvironment(set, s.cred)
+	s.hookEnv, _ = buildEnvironment(set, nil)
 	if s.policy, err = compileSettings(set, plugins); err != nil {
 		return nil, err
 	}

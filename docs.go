@@ -126,16 +126,19 @@ func (c *call) document(body []byte) *apiError {
 	return nil
 }
 
+const maxAcceptBytes = 1 << 10 // of an Accept header that is looked at
+
 // prefers picks what an Accept header likes best (RFC 9110, 12.5.1), the first among equals.
 func prefers(accept []string, offers ...string) string {
-	if len(accept) == 0 || len(accept) == 1 && accept[0] == "*/*" {
+	text := strings.Join(accept, ",")
+	if text == "" || text == "*/*" || len(text) > maxAcceptBytes {
 		return offers[0] // as nearly every client does
 	}
 	best, most := offers[0], 0.0
 	for _, offer := range offers {
 		family, _, _ := strings.Cut(offer, "/")
 		q, closest := 0.0, -1 // of the range that names this offer most closely
-		for part := range strings.SplitSeq(strings.ToLower(strings.Join(accept, ",")), ",") {
+		for part := range strings.SplitSeq(strings.ToLower(text), ",") {
 			kind, params, _ := strings.Cut(strings.ReplaceAll(part, " ", ""), ";")
 			if rank := slices.Index([]string{"*/*", family + "/*", offer}, kind); rank > closest {
 				q, closest = 1, rank

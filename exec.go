@@ -85,6 +85,7 @@ type runner struct {
 	null     *os.File // /dev/null, shared by all commands as standard input
 	stopping chan struct{}
 	starting sync.Mutex // held from setting the tag to the birth of the child that inherits it
+	burying  sync.Mutex // held from listing children to signalling and reaping them: what is reaped in between may become another's number
 
 	mu       sync.Mutex
 	slots    int
@@ -274,7 +275,7 @@ func (x *run) until(ready <-chan struct{}) end {
 func (x *run) start() {
 	defer x.closeChildSide() // last: nobody waits for it but the end of the output
 	defer close(x.started)
-	path, direct, err := locate(x.what.argv[0], x.cwd, x.pathDirs)
+	path, direct, err := locate(x.what.argv[0], x.cwd, x.pathDirs, x.cred)
 	if err != nil {
 		x.err = err
 		return
@@ -428,6 +429,8 @@ func (r *runner) bury(pid int) {
 
 // reap takes a leader's exit status, after which its number may be another's.
 func (r *runner) reap(pid int) syscall.WaitStatus {
+	r.burying.Lock()
+	defer r.burying.Unlock()
 	status := syscall.WaitStatus(syscall.SIGKILL) // if somebody was there before us
 	for {
 		if _, err := syscall.Wait4(pid, &status, 0, nil); err != syscall.EINTR {
@@ -457,16 +460,19 @@ func (r *runner) sweep(tag runTag) {
 
 // kill is one round of a sweep; it says whether there was anything to end.
 func (r *runner) kill(tag runTag) (found bool) {
+	r.burying.Lock()
+	defer r.burying.Unlock()
 	for _, pid := range r.children() {
 		doomed, leader := r.judge(pid, tag)
 		if !doomed {
 			continue
 		}
-		found = true
-		syscall.Kill(pid, syscall.SIGKILL)
+		err, reaped := syscall.Kill(pid, syscall.SIGKILL), 0
 		if !leader {
-			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+			reaped, _ = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 		}
+		// What is beyond us (another user's) or dead but not ours to bury (traced) is not waited for: it would hold up every run.
+		found = found || reaped > 0 || err == nil && !isDead(pid)
 	}
 	return found
 }
@@ -495,6 +501,8 @@ func (r *runner) children() (pids []int) {
 
 // reapOrphans takes the exit status of what a long run orphaned and what has died since: it would stay a zombie until the sweep.
 func (r *runner) reapOrphans() {
+	r.burying.Lock()
+	defer r.burying.Unlock()
 	for _, pid := range r.lists[0].pids() {
 		r.mu.Lock()
 		ours := !r.leaders[pid] && !r.strays[pid]
@@ -521,7 +529,7 @@ func explainStart(err error, name, cwd string) error {
 		if _, err := os.Stat(cwd); err != nil {
 			return &startError{126, fmt.Sprintf("the working directory %q cannot be entered: %v", cwd, errno)}
 		}
-		return &startError{127, fmt.Sprintf("%q cannot be executed: the interpreter it names does not exist", name)}
+		return &startError{127, fmt.Sprintf("%q was not found, or the interpreter that it names was not", name)}
 	case syscall.EAGAIN, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.EPERM:
 		return fmt.Errorf("no process could be made for %q: %w", name, err)
 	}
@@ -529,21 +537,26 @@ func explainStart(err error, name, cwd string) error {
 }
 
 // locate finds the file of a command name: this very binary for aexec and ae, else on the path, never in the current directory
-// unless the name has a slash. direct says that the kernel can open it, and at once, so that an exec of it will not hang.
-func locate(name, cwd string, pathDirs []string) (path string, direct bool, err error) {
+// unless the name has a slash. direct says that an exec of it will not hang.
+func locate(name, cwd string, pathDirs []string, cred *credential) (path string, direct bool, err error) {
 	if name == "aexec" || name == "ae" {
 		return ownBinary(), true, nil
 	}
 	slash := strings.Contains(name, "/")
-	if slash {
-		if !filepath.IsAbs(name) {
-			name = filepath.Join(cwd, name)
+	if slash { // as the kernel reads it: cleaned, "sudo/." would be a name that no deny rule knows
+		if pathDirs = []string{""}; !filepath.IsAbs(name) {
+			pathDirs[0] = cwd + "/"
 		}
-		pathDirs, name = []string{filepath.Dir(name)}, filepath.Base(name)
+		if cred != nil { // what that user may see is the kernel's to say, once it is that user
+			return pathDirs[0] + name, false, nil
+		}
 	}
 	failure := &startError{127, fmt.Sprintf("%q was not found", name)}
 	for _, dir := range pathDirs {
-		path := filepath.Join(dir, name)
+		path := dir + name
+		if !slash {
+			path = filepath.Join(dir, name)
+		}
 		info, err := os.Stat(path)
 		switch {
 		case errors.Is(err, os.ErrPermission) && slash: // else the file may not even be there
@@ -554,7 +567,10 @@ func locate(name, cwd string, pathDirs []string) (path string, direct bool, err 
 		case info.Mode()&0o111 == 0:
 			failure = &startError{126, fmt.Sprintf("%q is not executable", path)}
 		default:
-			return path, opensAtOnce(path), nil
+			if real, atOnce := startsAtOnce(path); atOnce {
+				return real, true, nil
+			}
+			return path, false, nil
 		}
 	}
 	return "", false, failure

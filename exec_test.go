@@ -325,6 +325,9 @@ func TestStartFailures(t *testing.T) {
 		{write("file", "", 0o644), 126, "not executable"},
 		{write("file2", "x", 0o644) + "/x", 127, "not found"},
 		{dir, 126, "not a file"},
+		{"/bin/true/.", 127, "not found"}, // not cleaned to /bin/true: a deny rule knows it by another name
+		{"/bin/true/../true", 127, "not found"},
+		{"/bin/no-such-directory/../true", 127, "not found"},
 		{fifo, 126, "not a file"},
 		{write("empty", "", 0o755), 126, "exec format error"},
 		{write("text", "echo no interpreter\n", 0o755), 126, "exec format error"},
@@ -344,6 +347,72 @@ func TestStartFailures(t *testing.T) {
 	if o := theRunner(t).run(t.Context(), command{timeout: time.Second}); o.end != endInternal {
 		t.Errorf("an argv that nobody approved: %s", o.end)
 	}
+}
+
+// TestStartsAtOnce: only root's own programs are started on the thread that must not hang, and nothing else is even opened.
+func TestStartsAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	if err := syscall.Mkfifo(dir+"/fifo", 0o777); err != nil {
+		t.Fatal(err)
+	}
+	program, err := os.ReadFile("/bin/true")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{"own": string(program), "script": "#!/bin/sh\n"} {
+		if err := os.WriteFile(dir+"/"+name, []byte(text), 0o777); err != nil {
+			t.Fatal(err)
+		}
+		os.Chmod(dir+"/"+name, 0o777)
+	}
+	os.Symlink("/bin/true", dir+"/link")
+	for path, want := range map[string]bool{"/bin/true": true, dir + "/link": true, dir + "/own": false, dir + "/script": false,
+		dir + "/fifo": false, dir: false, "/dev/null": false, "/dev/tty": false, "/dev/ptmx": false, dir + "/gone": false} {
+		real, got := startsAtOnce(path)
+		if got != want || got && real == dir+"/link" {
+			t.Errorf("%s: %v as %q, want %v", path, got, real, want)
+		}
+	}
+}
+
+// TestForeignWriter: who opens a run's pipe through /proc and goes on writing does not hold up its answer.
+func TestForeignWriter(t *testing.T) {
+	r := theRunner(t)
+	w := newWitness(t)
+	flood, stop := make(chan outcome), make(chan struct{})
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	victim := testCommand("sh", "-c", "echo $$ >"+w.path+"; sleep 0.3")
+	victim.maxBytes = 1 << 40
+	pid := make(chan string)
+	go func() {
+		buffer := make([]byte, 64)
+		w.f.SetReadDeadline(time.Now().Add(hangGuard))
+		for {
+			if n, _ := w.f.Read(buffer); n > 0 {
+				pid <- strings.TrimSpace(string(buffer[:n]))
+				return
+			}
+			runtime.Gosched()
+		}
+	}()
+	ended := make(chan outcome)
+	go func() { ended <- r.run(t.Context(), victim) }()
+	who := <-pid
+	go func() {
+		c := testCommand("sh", "-c", "exec yes >/proc/"+who+"/fd/1")
+		flood <- r.run(ctx, c)
+		close(stop)
+	}()
+	select {
+	case <-ended:
+	case <-stop:
+		t.Skip("the pipe could not be opened")
+	case <-time.After(hangGuard / 2):
+		t.Error("the stranger holds up the answer")
+	}
+	cancel()
+	<-flood
 }
 
 // TestWorld looks at what a command gets: standard input, session, terminal, environment, descriptors, directory, signals.

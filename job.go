@@ -204,7 +204,7 @@ func (c *call) audited(j *job, stdin []byte) outcome {
 	cmd := command{what: j.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits, noNewPrivs: s.Exec.NoNewPrivileges,
 		timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
 	if stdin != nil {
-		cmd.cred = nil // a hook runs as the server's user
+		cmd.cred, cmd.env, cmd.cwd = nil, s.hookEnv, j.plugin.dir // a hook runs as the server's user, in nobody else's world
 	}
 	if j.sink != nil {
 		cmd.sink, cmd.maxBytes = j.sink, s.MaxStreamBytes

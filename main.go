@@ -28,6 +28,7 @@ func main() {
 	if launched() { // to become a command with limits, and could not
 		os.Exit(126)
 	}
+	hideProcess() // before anything reads the key; serve asks again, and minds if it fails
 	os.Exit(cli(os.Args[1:]))
 }
 
@@ -78,6 +79,9 @@ func serveUntilSignal(p paths, f startupFlags, ready *os.File, logger *log.Logge
 	s.runner, err = newRunner(p.dir)
 	onDisk, diskErr := restartState(p)
 	if err := errors.Join(err, diskErr); err != nil {
+		return err
+	}
+	if err := s.prepare(l.Addr().String()); err != nil {
 		return err
 	}
 	info := serverInfo{Pid: os.Getpid(), Address: l.Addr().String(), Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
@@ -135,7 +139,7 @@ func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
 
 // startWarnings names what makes this server more dangerous than it need be; for the log and for status.
 func startWarnings(address string, snap *snapshot) (warnings []string) {
-	if os.Geteuid() == 0 && snap.cred == nil {
+	if os.Geteuid() == 0 && (snap.cred == nil || snap.cred.Uid == 0) {
 		warnings = append(warnings, "it runs as root, and so does every command: set exec.user to an unprivileged user")
 	}
 	host, _, _ := net.SplitHostPort(address)

@@ -49,6 +49,8 @@ type stream struct {
 	file     *os.File
 	captured chunks
 	bytes    int64
+	late     bool // the deadline of drain has passed
+	rest     int  // and so much was waiting then
 }
 
 func openPlumbing(c command, null *os.File) (p *plumbing, err error) {
@@ -169,16 +171,22 @@ func (p *plumbing) forward(s *stream) {
 	}
 }
 
-// read is Read, less a deadline that passes while there is something to read.
-func (s *stream) read(b []byte) (int, error) {
-	for {
-		n, err := s.file.Read(b)
-		if errors.Is(err, os.ErrDeadlineExceeded) && pendingBytes(s.file) > 0 {
-			s.file.SetReadDeadline(time.Now().Add(drainPatience))
-			continue
+// read is Read, but that what waits in the pipe when the deadline passes is read all the same, and not more: a slow sink
+// loses nothing, and a stranger that opened the pipe through /proc and goes on writing gains nothing.
+func (s *stream) read(b []byte) (n int, err error) {
+	if !s.late {
+		if n, err = s.file.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
 		}
-		return n, err
+		s.late, s.rest = true, pendingBytes(s.file)
 	}
+	if s.rest <= 0 {
+		return 0, os.ErrDeadlineExceeded
+	}
+	s.file.SetReadDeadline(time.Now().Add(drainPatience))
+	n, err = s.file.Read(b[:min(len(b), s.rest)])
+	s.rest -= n
+	return n, err
 }
 
 // admit says how many of n more bytes are within the limit.

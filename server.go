@@ -41,7 +41,8 @@ const (
 	lingerTimeout      = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
 	shutdownWait       = 10 * time.Second       // beyond killGraceMs, until the last answer is out
 	settingsRetryAfter = 5 * time.Second
-	maxHeadBytes       = 32 << 10            // bytes of a request's head
+	maxHeadBytes       = 8 << 10             // bytes of a request's head: many small fields take fifty times their size
+	maxParsing         = 2                   // bodies that are taken apart at once
 	maxSeen            = maxHeadBytes + 4096 // what net/http reads of a head at most
 	maxConns           = 512                 // open connections
 	maxPipelined       = 64 << 10            // bytes that a client may send behind a running command
@@ -90,7 +91,8 @@ type server struct {
 	keyless         *limiter // requests without a valid key
 	withKey         *limiter
 	connMu          sync.Mutex
-	conns           map[net.Conn]time.Time // since when each has been without a whole request; zero: it has one
+	conns           map[net.Conn]time.Time // since when each has been without a request with the key; zero: it has one
+	parsing         chan struct{}          // places for bodies that are being taken apart: each can need a hundred times its size
 }
 
 // listen binds host:port (port 0: any free one). The error says what to do (port taken: by whom to look).
@@ -109,8 +111,10 @@ func listen(host string, port int) (net.Listener, error) {
 
 // serve answers on l until ctx ends, then shuts down: accepts nothing new, ends running commands, answers them, returns when all are answered.
 func (s *server) serve(ctx context.Context, l net.Listener) error {
-	if err := s.prepare(l.Addr().String()); err != nil {
-		return err
+	if s.mux == nil {
+		if err := s.prepare(l.Addr().String()); err != nil {
+			return err
+		}
 	}
 	h := &http.Server{
 		Handler: s, ErrorLog: s.log, ConnState: s.connState, DisableGeneralOptionsHandler: true,
@@ -156,7 +160,7 @@ func (s *server) prepare(address string) error {
 	s.address = cmp.Or(s.address, address)
 	s.quotedKey = strings.TrimPrefix(strings.TrimSuffix(string(marshal(s.start.key.text)), `"`), `"`)
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
-	s.maxBody, s.conns = snap.MaxRequestBodyBytes, map[net.Conn]time.Time{}
+	s.maxBody, s.conns, s.parsing = snap.MaxRequestBodyBytes, map[net.Conn]time.Time{}, make(chan struct{}, maxParsing)
 	s.keyless, s.withKey = newLimiter(snap), newLimiter(snap)
 	s.mux, s.skills = http.NewServeMux(), readSkills()
 	s.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.(*call).fail(w.(*call).noRoute()) })
@@ -195,16 +199,15 @@ func (s *server) handle(pattern string, f func(*call) *apiError) {
 	})
 }
 
-// connState keeps slow and idle clients from shutting others out: above maxConns, who has waited longest without sending a whole request goes.
+// connState keeps clients without the key from shutting others out, be they slow, idle, or busy not reading: above maxConns,
+// who has been here longest without a request with the key goes.
 func (s *server) connState(conn net.Conn, state http.ConnState) {
 	s.connMu.Lock()
 	defer s.connMu.Unlock()
 	switch state {
 	case http.StateNew, http.StateIdle:
 		s.conns[conn] = time.Now()
-	case http.StateActive:
-		s.conns[conn] = time.Time{}
-	default:
+	case http.StateClosed, http.StateHijacked:
 		delete(s.conns, conn)
 	}
 	if state != http.StateNew || len(s.conns) <= maxConns {
@@ -216,8 +219,17 @@ func (s *server) connState(conn net.Conn, state http.ConnState) {
 			oldest = other
 		}
 	}
-	s.conns[oldest] = time.Time{} // not to be chosen again
+	delete(s.conns, oldest) // it may linger, but not in the place of another
 	oldest.Close()
+}
+
+// keep takes the connection of a request with the key out of those that may be closed for others.
+func (s *server) keep(conn net.Conn) {
+	s.connMu.Lock()
+	defer s.connMu.Unlock()
+	if _, ok := s.conns[conn]; ok {
+		s.conns[conn] = time.Time{}
+	}
 }
 
 // watchedConn keeps what a client sends, for two things that net/http hides: a Content-Length beside a Transfer-Encoding
@@ -267,13 +279,14 @@ func (w *watchedConn) Read(p []byte) (int, error) {
 
 // ambiguous says whether the request's head has both framings, or may have: a chunked request behind a pipelined one is refused unseen.
 func (w *watchedConn) ambiguous(r *http.Request) bool {
-	if r.ContentLength == 0 && r.TransferEncoding == nil {
+	old := !r.ProtoAtLeast(1, 1) // where net/http does not look at a Transfer-Encoding
+	if r.ContentLength == 0 && r.TransferEncoding == nil && !old {
 		return false
 	}
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	head := bytes.ToLower(w.seen)
-	both := bytes.Contains(head, []byte("\ntransfer-encoding:")) && bytes.Contains(head, []byte("\ncontent-length:"))
+	both := bytes.Contains(head, []byte("\ntransfer-encoding:")) && (old || bytes.Contains(head, []byte("\ncontent-length:")))
 	return both || r.TransferEncoding != nil && !bytes.HasPrefix(w.seen, []byte(r.Method+" "+r.RequestURI+" "))
 }
 
@@ -355,6 +368,7 @@ func (c *call) gates() *apiError {
 	at := c.r.URL.Path
 	switch {
 	case c.conn.ambiguous(c.r):
+		c.Header().Set("Connection", "close") // what stands behind it may be meant as its body
 		return newError("invalid_request")
 	case !cleanPath(c.r.URL):
 		return newError("not_found")
@@ -380,6 +394,7 @@ func (c *call) gates() *apiError {
 	limit := c.s.keyless
 	if c.findKey(); c.keyed { // counted apart, so that nobody without a key can lock an agent out
 		limit = c.s.withKey
+		c.s.keep(c.conn)
 	}
 	if wait := limit.wait(c.peer, time.Now()); wait > 0 {
 		c.retryAfter(wait)
@@ -556,6 +571,8 @@ func (c *call) readArgs() ([]string, *apiError) {
 	if c.whole = true; c.r.TransferEncoding == nil {
 		c.Header().Del("Connection")
 	}
+	c.s.parsing <- struct{}{}
+	defer func() { <-c.s.parsing }()
 	return parseExecBody(data)
 }
 

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"hash/fnv"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"syscall"
@@ -37,8 +38,8 @@ func ownTag() runTag {
 	return t
 }
 
-// beneathServer says whether this process was started by a command of an aexec server.
-func beneathServer() bool { return ownTag().tagged() }
+// beneathServer says whether this process was started by a command of an aexec server, which could have lowered its tag.
+func beneathServer() bool { return uint64(ownTag()) != unix.RLIM_INFINITY }
 
 // prepareProcess makes this process the parent of all orphans below it (prctl(2), PR_SET_CHILD_SUBREAPER), forbids core
 // dumps to it and its children, and gives the first tag of the directory.
@@ -106,7 +107,7 @@ func tagOf(pid int) (runTag, bool) {
 // taggedProcesses lists all processes with a tag of the same directory as like, dead ones apart.
 func taggedProcesses(like runTag) (pids []int) {
 	for _, pid := range allProcesses() {
-		if t, ok := tagOf(pid); ok && t&tagOwner == like&tagOwner && pid != os.Getpid() && !isZombie(pid) {
+		if t, ok := tagOf(pid); ok && t&tagOwner == like&tagOwner && pid != os.Getpid() && !isDead(pid) {
 			pids = append(pids, pid)
 		}
 	}
@@ -128,20 +129,23 @@ func allProcesses() (pids []int) {
 	return pids
 }
 
-// procStat gives the state and the parent of a process, from /proc/PID/stat (proc_pid_stat(5)): its name may hold anything but ends at the last ')'.
-func procStat(pid int) (state byte, parent int) {
+// procStat gives the state, the parent and the number of threads of a process, from /proc/PID/stat (proc_pid_stat(5)): its
+// name may hold anything but ends at the last ')'.
+func procStat(pid int) (state byte, parent, threads int) {
 	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
 	f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	if len(f) < 2 {
-		return 0, 0
+	if len(f) < 18 {
+		return 0, 0, 0
 	}
 	parent, _ = strconv.Atoi(f[1])
-	return f[0][0], parent
+	threads, _ = strconv.Atoi(f[17])
+	return f[0][0], parent, threads
 }
 
-func isZombie(pid int) bool {
-	state, _ := procStat(pid)
-	return state == 'Z' || state == 'X'
+// isDead says whether nothing of a process runs: a zombie whose main thread alone has ended is alive.
+func isDead(pid int) bool {
+	state, _, threads := procStat(pid)
+	return state == 0 || (state == 'Z' || state == 'X') && threads <= 1
 }
 
 // childList is the list of one thread's children. A child that was made with CLONE_PARENT is listed under the thread that
@@ -181,7 +185,7 @@ func (l *childList) pids() (pids []int) {
 
 func childrenByParent() (pids []int) {
 	for _, pid := range allProcesses() {
-		if _, parent := procStat(pid); parent == os.Getpid() {
+		if _, parent, _ := procStat(pid); parent == os.Getpid() {
 			pids = append(pids, pid)
 		}
 	}
@@ -192,6 +196,7 @@ func onMainThread() bool { return unix.Gettid() == os.Getpid() }
 
 // prepareSpawner readies the calling thread, which must be locked, for starting commands. no_new_privs cannot be unset.
 func prepareSpawner(noNewPrivs bool) *childList {
+	unix.KeyctlJoinSessionKeyring("") // keys of the server's session are not for commands; old kernels have none
 	if noNewPrivs {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			panic(err) // fail safe: kernels since 3.5 cannot refuse it
@@ -304,17 +309,30 @@ func (l rlimits) apply() error {
 // ownBinary is this very program, even when its file was replaced or removed.
 func ownBinary() string { return "/proc/self/exe" }
 
-// opensAtOnce says whether the kernel can open a program without waiting: not held by a lease (open(2), O_NONBLOCK), and no
-// script, whose interpreter is another file to open. A file system that does not answer holds this call, not a spawner.
-func opensAtOnce(path string) bool {
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+// startsAtOnce gives the real path of a program of which the kernel's exec is known not to hang, false if that is not known.
+// It must be root's own ELF file where root alone can put files, as others can hold an exec: with a lease (fcntl(2), for the
+// owner or CAP_LEASE only), with an interpreter of theirs, or by exchanging the file. Nothing is opened before its type is known.
+func startsAtOnce(path string) (string, bool) {
+	look, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return false
+		return "", false
+	}
+	defer unix.Close(look)
+	self := "/proc/self/fd/" + strconv.Itoa(look)
+	real, err := os.Readlink(self)
+	var file, dir unix.Stat_t
+	if err != nil || unix.Fstat(look, &file) != nil || unix.Lstat(filepath.Dir(real), &dir) != nil ||
+		file.Uid != 0 || file.Mode&(unix.S_IFMT|0o022) != unix.S_IFREG || dir.Uid != 0 || dir.Mode&(unix.S_IFMT|0o022) != unix.S_IFDIR {
+		return "", false
+	}
+	fd, err := unix.Open(self, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", false
 	}
 	defer unix.Close(fd)
 	var magic [4]byte
-	n, _ := unix.Pread(fd, magic[:], 0)
-	return string(magic[:n]) == "\x7fELF"
+	n, err := unix.Pread(fd, magic[:], 0)
+	return real, err == nil && n == len(magic) && string(magic[:]) == "\x7fELF"
 }
 
 // enlargePipe is best effort: the user's quota of pipe memory may be used up (pipe(7)).

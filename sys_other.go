@@ -29,7 +29,8 @@ func onMainThread() bool                        { return false }
 func prepareSpawner(noNewPrivs bool) *childList { return nil }
 func launched() bool                            { return false }
 func ownBinary() string                         { path, _ := os.Executable(); return path }
-func opensAtOnce(string) bool                   { return true }
+func startsAtOnce(path string) (string, bool)   { return path, true }
+func isDead(int) bool                           { return false }
 func enlargePipe(*os.File, int)                 {}
 func pendingBytes(*os.File) int                 { return 0 } // every piece of a stream is flushed
 
