@@ -41,7 +41,8 @@ const (
 	lingerTimeout      = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
 	shutdownWait       = 10 * time.Second       // beyond killGraceMs, until the last answer is out
 	settingsRetryAfter = 5 * time.Second
-	maxHeadBytes       = 8 << 10             // bytes of a request's head: many small fields take fifty times their size
+	maxHeadBytes       = 32 << 10            // of a request's head
+	maxFields          = 100                 // of a request's head: net/http takes fifty times the size of small ones
 	maxParsing         = 2                   // bodies that are taken apart at once
 	maxSeen            = maxHeadBytes + 4096 // what net/http reads of a head at most
 	maxConns           = 512                 // open connections
@@ -370,6 +371,9 @@ func (c *call) gates() *apiError {
 	case c.conn.ambiguous(c.r):
 		c.Header().Set("Connection", "close") // what stands behind it may be meant as its body
 		return newError("invalid_request")
+	case len(c.r.Header) > maxFields:
+		c.r.Header = nil // not to be kept for as long as a client takes to read this
+		return newError("invalid_request").because("The request's head has more than %d fields.", maxFields)
 	case !cleanPath(c.r.URL):
 		return newError("not_found")
 	case at == "/ping":
