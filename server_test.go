@@ -23,6 +23,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 	"unicode/utf8"
@@ -1142,11 +1143,14 @@ func benchServer(b *testing.B, h http.Handler) string {
 	return l.Addr().String()
 }
 
+// benchTransport keeps a connection for each of four clients.
+var benchTransport = &http.Transport{MaxIdleConnsPerHost: 8}
+
 func benchRequest(b *testing.B, method, url, body string) int64 {
 	r, _ := http.NewRequest(method, url, strings.NewReader(body))
 	r.Header.Set("X-API-Key", serverTestKey)
 	r.Header.Set("Content-Type", "application/json")
-	resp, err := http.DefaultTransport.RoundTrip(r)
+	resp, err := benchTransport.RoundTrip(r)
 	if err != nil {
 		b.Fatal(err)
 	}
@@ -1158,24 +1162,35 @@ func benchRequest(b *testing.B, method, url, body string) int64 {
 	return n
 }
 
+// BenchmarkServerExec compares one command through the server, by one client and by four, with the smallest handler that forks.
 func BenchmarkServerExec(b *testing.B) {
-	b.Run("aexec", func(b *testing.B) {
-		url := "http://" + benchServer(b, nil) + "/api/exec"
-		for b.Loop() {
-			benchRequest(b, "POST", url, execBody("/bin/true"))
-		}
+	floor := http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		var body struct{ Args []string }
+		json.NewDecoder(r.Body).Decode(&body)
+		out, _ := exec.Command(body.Args[0], body.Args[1:]...).Output()
+		json.NewEncoder(w).Encode(map[string]string{"output": string(out)})
 	})
-	b.Run("floor", func(b *testing.B) {
-		url := "http://" + benchServer(b, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			var body struct{ Args []string }
-			json.NewDecoder(r.Body).Decode(&body)
-			out, _ := exec.Command(body.Args[0], body.Args[1:]...).Output()
-			json.NewEncoder(w).Encode(map[string]string{"output": string(out)})
-		}))
-		for b.Loop() {
-			benchRequest(b, "POST", url, execBody("/bin/true"))
+	for _, clients := range []int{1, 4} {
+		for name, handler := range map[string]http.Handler{"aexec": nil, "floor": floor} {
+			b.Run(fmt.Sprintf("%s-%d", name, clients), func(b *testing.B) {
+				url := "http://" + benchServer(b, handler) + "/api/exec"
+				benchRequest(b, "POST", url, execBody("/bin/true"))
+				defer benchProcessorTime(b)()
+				var left atomic.Int64
+				left.Store(int64(b.N))
+				var all sync.WaitGroup
+				b.ResetTimer()
+				for range clients {
+					all.Go(func() {
+						for left.Add(-1) >= 0 {
+							benchRequest(b, "POST", url, execBody("/bin/true"))
+						}
+					})
+				}
+				all.Wait()
+			})
 		}
-	})
+	}
 }
 
 func BenchmarkServerDocument(b *testing.B) {
