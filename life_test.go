@@ -159,8 +159,10 @@ func newLifeHome(t testing.TB, settings map[string]any) *lifeHome {
 			h.run("stop", "--force")
 		}
 		if t.Failed() {
-			log := h.read("agent-exec.log")
-			t.Logf("the end of the server's log:\n%s", log[max(0, len(log)-4000):])
+			for _, name := range []string{"agent-exec.log", "audit.jsonl"} {
+				text := h.read(name)
+				t.Logf("the end of %s:\n%s", name, text[max(0, len(text)-4000):])
+			}
 		}
 	})
 	return h

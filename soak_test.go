@@ -346,6 +346,9 @@ func TestSoak(t *testing.T) {
 	t.Logf("seed %d", s.seed)
 	s.write("settings.json", s.versions[0].text())
 	s.serve("start")
+	if a := s.exec("", "echo", "first"); a.object().Output != "first\n" {
+		t.Fatalf("at first: %d %s", a.code, a.body)
+	}
 	s.rewrite()
 	s.work(*soakFor / 4)
 	s.settled()
