@@ -90,7 +90,7 @@ type runner struct {
 	mu       sync.Mutex
 	slots    int
 	next     runTag          // of the next run; goes down, as a tag can only be lowered
-	live     map[runTag]bool // runs that have begun and are not swept yet
+	live     map[runTag]bool // runs that have begun and are not swept yet; true: their first process is among the leaders
 	leaders  map[int]bool    // first processes: reaped by their own run only
 	strays   map[int]bool    // children that were there before the runner, not ours to end
 	spawners [2]chan func()  // locked threads: 0 without, 1 with no_new_privs
@@ -239,7 +239,7 @@ func (x *run) begin() {
 	defer x.mu.Unlock()
 	x.tag = x.next
 	x.next--
-	x.live[x.tag] = true
+	x.live[x.tag] = false
 }
 
 // finish ends the number's life: what still bears it is hostile from now on.
@@ -319,7 +319,7 @@ func (x *run) fork(spec *startSpec) (pid int, err error) {
 		}
 		if err == nil {
 			x.mu.Lock()
-			x.leaders[pid] = true
+			x.leaders[pid], x.live[x.tag] = true, true
 			x.mu.Unlock()
 		}
 	}
@@ -433,7 +433,12 @@ func (r *runner) reap(pid int) syscall.WaitStatus {
 	defer r.burying.Unlock()
 	status := syscall.WaitStatus(syscall.SIGKILL) // if somebody was there before us
 	for {
-		if _, err := syscall.Wait4(pid, &status, 0, nil); err != syscall.EINTR {
+		var its syscall.WaitStatus
+		_, err := syscall.Wait4(pid, &its, 0, nil)
+		if err == nil {
+			status = its
+		}
+		if err != syscall.EINTR {
 			break
 		}
 	}
@@ -485,7 +490,8 @@ func (r *runner) judge(pid int, tag runTag) (doomed, leader bool) {
 	if !ok || r.strays[pid] && !its.tagged() {
 		return false, false
 	}
-	return its == tag || !r.live[its], r.leaders[pid]
+	started, alive := r.live[its]
+	return its == tag || !alive, r.leaders[pid] || alive && !started
 }
 
 // children lists the children of every thread that can have any.

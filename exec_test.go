@@ -667,6 +667,24 @@ func TestNoLeaks(t *testing.T) {
 	}
 }
 
+// TestAbortedStart: a client that goes while its command is being born never makes that look as if it had ended well.
+func TestAbortedStart(t *testing.T) {
+	r := theRunner(t)
+	for i := range 300 {
+		ctx, cancel := context.WithCancel(t.Context())
+		go func() {
+			time.Sleep(time.Duration(i) * 10 * time.Microsecond)
+			cancel()
+		}()
+		if o := r.run(ctx, testCommand("sleep", "1000")); o.end != endClient || o.exited || o.err != nil {
+			t.Fatalf("after %d µs: %+v", i*10, o)
+		}
+	}
+	if left := strangers(r); len(left) != 0 {
+		t.Errorf("children left: %v", left)
+	}
+}
+
 // TestOrphansOfLongRun: what a running command orphans and what then dies does not pile up as zombies.
 func TestOrphansOfLongRun(t *testing.T) {
 	r := theRunner(t)
