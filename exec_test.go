@@ -667,6 +667,34 @@ func TestNoLeaks(t *testing.T) {
 	}
 }
 
+// TestKilledAtBirth: what kills a command between its birth and its start leaves its status to its own run.
+func TestKilledAtBirth(t *testing.T) {
+	r := theRunner(t)
+	runtime.LockOSThread() // it dies with the thread that made it
+	defer runtime.UnlockOSThread()
+	r.lists = append(r.lists, openChildList(unix.Gettid()))
+	defer func() { r.lists = r.lists[:len(r.lists)-1] }()
+	x := &run{runner: r}
+	x.begin()
+	defer x.finish()
+	if err := setTag(x.tag); err != nil {
+		t.Fatal(err)
+	}
+	null := r.null
+	pid, err := (&startSpec{path: "/bin/sleep", argv: []string{"sleep", "1000"}, dir: "/", files: []*os.File{null, null, null}}).start()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !r.kill(x.tag) {
+		t.Error("nothing was killed")
+	}
+	waitExit(pid)
+	r.kill(x.tag)
+	if status := r.reap(pid); !status.Signaled() {
+		t.Errorf("its status is %#x", status)
+	}
+}
+
 // TestAbortedStart: a client that goes while its command is being born never makes that look as if it had ended well.
 func TestAbortedStart(t *testing.T) {
 	r := theRunner(t)
