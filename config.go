@@ -425,8 +425,6 @@ func configFiles(p paths) (files []fileInfo) {
 	return files
 }
 
-// ---- settings.json
-
 // loadSettings reads settings.json alone; the policy, the user and the working directory are not tried.
 func loadSettings(p paths) (*settings, error) {
 	data, err := readTrusted(p.settings, false)

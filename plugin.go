@@ -287,17 +287,6 @@ func parsePlugin(name, file string, data []byte) (*plugin, error) {
 	return p, r.err
 }
 
-// nodeStrings gives an array of strings, nil if it is something else or empty.
-func nodeStrings(n *node) (texts []string) {
-	for _, item := range n.items {
-		if n.kind != '[' || item.kind != '"' || item.surrogate {
-			return nil
-		}
-		texts = append(texts, item.str)
-	}
-	return texts
-}
-
 var (
 	// routeForm admits the patterns in which one path is one request: no host, no subtree, no "..."; net/http refuses . and ..
 	routeForm     = regexp.MustCompile(`^(GET|POST|PUT|PATCH|DELETE) (/([A-Za-z0-9_.+~-]+|\{[A-Za-z0-9_]+\}))+$`)

@@ -34,22 +34,21 @@ import (
 )
 
 const (
-	headerTimeout      = 10 * time.Second       // for a request's head
-	requestTimeout     = 30 * time.Second       // for head and body
-	idleTimeout        = 120 * time.Second      // between two requests
-	writeTimeout       = 30 * time.Second       // for one write: a client that takes nothing for so long is gone
-	lingerTimeout      = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
-	shutdownWait       = 10 * time.Second       // beyond killGraceMs, until the last answer is out
-	settingsRetryAfter = 5 * time.Second
-	maxHeadBytes       = 32 << 10            // of a request's head
-	maxFields          = 100                 // of a request's head: net/http takes fifty times the size of small ones
-	maxParsing         = 2                   // bodies that are taken apart at once
-	maxSeen            = maxHeadBytes + 4096 // what net/http reads of a head at most
-	maxConns           = 512                 // open connections
-	maxPipelined       = 64 << 10            // bytes that a client may send behind a running command
-	maxRateClients     = 4096                // addresses with a rate limit of their own, for each class
-	probeTime          = 5 * time.Second
-	probeBody          = 4096 // bytes
+	headerTimeout        = 10 * time.Second       // for a request's head
+	requestTimeout       = 30 * time.Second       // for head and body
+	idleTimeout          = 120 * time.Second      // between two requests
+	writeTimeout         = 30 * time.Second       // for one write: a client that takes nothing for so long is gone
+	lingerTimeout        = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
+	shutdownWait         = 10 * time.Second       // beyond killGraceMs, until the last answer is out
+	settingsRetryAfter   = 5 * time.Second
+	maxHeadBytes         = 32 << 10              // of a request's head
+	maxFields            = 100                   // of a request's head: net/http takes fifty times the size of small ones
+	maxParsing           = 2                     // bodies that are taken apart at once
+	maxSeen              = maxHeadBytes + 4096   // what net/http reads of a head at most
+	maxConns             = 512                   // open connections
+	maxPipelined         = 64 << 10              // bytes that a client may send behind a running command
+	maxRateClients       = 4096                  // addresses with a rate limit of their own, for each class
+	probeTime, probeBody = 5 * time.Second, 4096 // of an answer to probeServer: patience, bytes
 )
 
 // fixedHeaders are on every answer of ours. The slices are shared: replace them, never append.
@@ -102,8 +101,7 @@ func listen(host string, port int) (net.Listener, error) {
 	l, err := net.Listen("tcp", address)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%q is in use by another program: choose another port with --port, or end that program "+
-			"(`aexec stop --force --port %d` names it and kills it)", address, port)
+		return nil, fmt.Errorf("%q is in use by another program: choose another with --port, or `aexec stop --force --port %d` names it and kills it", address, port)
 	case err != nil:
 		return nil, fmt.Errorf("cannot listen on %q, check HOST and PORT (below 1024 only root may): %w", address, err)
 	}
@@ -287,8 +285,8 @@ func (w *watchedConn) ambiguous(r *http.Request) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	head := bytes.ToLower(w.seen)
-	both := bytes.Contains(head, []byte("\ntransfer-encoding:")) && (old || bytes.Contains(head, []byte("\ncontent-length:")))
-	return both || r.TransferEncoding != nil && !bytes.HasPrefix(w.seen, []byte(r.Method+" "+r.RequestURI+" "))
+	return bytes.Contains(head, []byte("\ntransfer-encoding:")) && (old || bytes.Contains(head, []byte("\ncontent-length:"))) ||
+		r.TransferEncoding != nil && !bytes.HasPrefix(w.seen, []byte(r.Method+" "+r.RequestURI+" "))
 }
 
 // call is one request on its way through the gates, and its answer.

@@ -537,3 +537,14 @@ func (r *settingsReader) prefixes(key string) (list []netip.Prefix) {
 	}
 	return list
 }
+
+// nodeStrings gives an array of strings, nil if it is something else or empty.
+func nodeStrings(n *node) (texts []string) {
+	for _, item := range n.items {
+		if n.kind != '[' || item.kind != '"' || item.surrogate {
+			return nil
+		}
+		texts = append(texts, item.str)
+	}
+	return texts
+}
