@@ -194,17 +194,18 @@ func (c *call) hook(j *job, which string) (hookOutput, *apiError) {
 
 // audited runs a command between its two records. Without the first nothing runs. stdin is what a hook is told; nil: no hook.
 func (c *call) audited(j *job, stdin []byte) outcome {
-	rec := c.record("exec_start", j)
-	if err := c.s.audit.append(rec); err != nil {
-		c.s.log.Printf("request %s: nothing runs, exec_start cannot be recorded: %v", c.id, err)
-		c.unaudited = true
-		return outcome{end: endInternal, err: err}
-	}
 	s := c.snap
 	cmd := command{what: j.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits, noNewPrivs: s.Exec.NoNewPrivileges,
 		timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
 	if stdin != nil {
 		cmd.cred, cmd.env, cmd.cwd = nil, s.hookEnv, j.plugin.dir // a hook runs as the server's user, in nobody else's world
+	}
+	rec := c.record("exec_start", j)
+	rec.Cwd = cmd.cwd
+	if err := c.s.audit.append(rec); err != nil {
+		c.s.log.Printf("request %s: nothing runs, exec_start cannot be recorded: %v", c.id, err)
+		c.unaudited = true
+		return outcome{end: endInternal, err: err}
 	}
 	if j.sink != nil {
 		cmd.sink, cmd.maxBytes = j.sink, s.MaxStreamBytes

@@ -1103,6 +1103,9 @@ func TestServerHooks(t *testing.T) {
 		}
 		var ran []string
 		for _, r := range ts.records("exec_start") {
+			if hook := filepath.Dir(r.Argv[0]); filepath.Base(hook) == "hooks" && r.Cwd != filepath.Dir(hook) {
+				t.Errorf("the hook %q is recorded in %q, and runs in its plugin's directory", r.Argv[0], r.Cwd)
+			}
 			if ran = append(ran, filepath.Base(r.Argv[0])); r.Plugin != "tool" {
 				t.Errorf("%q is not recorded under its plugin", r.Argv)
 			}
