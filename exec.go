@@ -22,6 +22,7 @@ const (
 	sweepPatience = 5 * time.Second // how long a killed process may take to die (it hangs in the kernel: a dead network file system)
 	sweepPauseMin = 100 * time.Microsecond
 	sweepPauseMax = 5 * time.Millisecond
+	maxDirect     = 1000        // programs that are remembered to start at once
 	orphanRound   = time.Second // how often dead orphans of a long run are reaped
 
 	// The lists of children that the kernel gives are not atomic: one empty round may have missed a process that was
@@ -94,7 +95,8 @@ type runner struct {
 	leaders  map[int]bool    // first processes: reaped by their own run only
 	strays   map[int]bool    // children that were there before the runner, not ours to end
 	spawners [2]chan func()  // locked threads: 0 without, 1 with no_new_privs
-	lists    []*childList    // of the main thread and of every spawner's
+	direct   map[string]direct
+	lists    []*childList // of the main thread and of every spawner's
 }
 
 // newRunner prepares this process for running commands: subreaper, no core dumps, the first tag.
@@ -111,7 +113,7 @@ func newRunner(id string) (*runner, error) {
 		return nil, err
 	}
 	r := &runner{null: null, stopping: make(chan struct{}), next: first,
-		live: map[runTag]bool{}, leaders: map[int]bool{}, strays: map[int]bool{}}
+		live: map[runTag]bool{}, leaders: map[int]bool{}, strays: map[int]bool{}, direct: map[string]direct{}}
 	r.lists = []*childList{openChildList(os.Getpid())}
 	for _, pid := range r.lists[0].pids() {
 		r.strays[pid] = true
@@ -196,6 +198,7 @@ func (r *runner) run(ctx context.Context, c command) (o outcome) {
 	if why != endExit && !x.abortStart() {
 		return outcome{end: why}
 	}
+	p.closeChildSide()
 	if x.err != nil {
 		return startFailure(x.err)
 	}
@@ -271,59 +274,63 @@ func (x *run) until(ready <-chan struct{}) end {
 	}
 }
 
-// start finds the file, starts it and closes started. It has a goroutine of its own, as looking at a file may hang.
+// start finds the file and has the spawner thread start it. It has a goroutine of its own, as looking at a file may hang.
 func (x *run) start() {
-	defer x.closeChildSide() // last: nobody waits for it but the end of the output
-	defer close(x.started)
-	path, direct, err := locate(x.what.argv[0], x.cwd, x.pathDirs, x.cred)
+	path, direct, err := x.locate(x.what.argv[0], x.cwd, x.pathDirs, x.cred)
 	if err != nil {
 		x.err = err
+		close(x.started)
 		return
 	}
 	spec := startSpec{path: path, argv: x.what.argv, env: x.env, dir: x.cwd, files: x.childSide[:], cred: x.cred}
 	if !direct || x.limits != (rlimits{}) {
 		spec.launch(x.limits)
 	}
-	pid, err := x.fork(&spec)
-	if err == nil {
-		if err = spec.confirm(); err != nil {
-			x.bury(pid) // the launcher itself, on its way out
+	x.spawner(x.noNewPrivs) <- func() {
+		if x.pid, x.err = x.fork(&spec); x.err != nil || spec.status != nil {
+			go x.settle(&spec) // which may take longer than this thread has
+			return
 		}
+		close(x.started)
 	}
-	x.pid, x.err = pid, explainStart(err, x.what.argv[0], x.cwd)
 }
 
-// fork has the spawner thread make the child, with the run's tag on it from birth.
-func (x *run) fork(spec *startSpec) (pid int, err error) {
-	born := make(chan struct{})
-	x.spawner(x.noNewPrivs) <- func() {
-		defer close(born)
-		x.starting.Lock()
-		defer x.starting.Unlock()
-		x.begin()
-		if err = setTag(x.tag); err != nil {
-			return
-		}
-		if !x.phase.CompareAndSwap(startWaiting, startForking) {
-			x.finish()
-			err = errAborted
-			return
-		}
-		// The kernel holds this thread until the exec is done. locate and the launcher keep what is known to hang away
-		// from here; whatever else does is killed unborn, and not tried again: nothing may ever run twice.
-		guard := time.AfterFunc(startPatience, func() { x.kill(x.tag) })
-		pid, err = spec.start()
-		if !guard.Stop() && err == nil {
-			err = errHungStart
-			go x.bury(pid)
-		}
-		if err == nil {
-			x.mu.Lock()
-			x.leaders[pid], x.live[x.tag] = true, true
-			x.mu.Unlock()
+// settle waits until the launcher has become the command, and says why a start failed.
+func (x *run) settle(spec *startSpec) {
+	defer close(x.started)
+	if x.err == nil {
+		if x.err = spec.confirm(); x.err != nil {
+			x.bury(x.pid) // the launcher itself, on its way out
 		}
 	}
-	<-born
+	x.err = explainStart(x.err, x.what.argv[0], x.cwd)
+}
+
+// fork makes the child, on the spawner thread, with the run's tag on it from birth.
+func (x *run) fork(spec *startSpec) (pid int, err error) {
+	x.starting.Lock()
+	defer x.starting.Unlock()
+	x.begin()
+	if err = setTag(x.tag); err != nil {
+		return 0, err
+	}
+	if !x.phase.CompareAndSwap(startWaiting, startForking) {
+		x.finish()
+		return 0, errAborted
+	}
+	// The kernel holds this thread until the exec is done. locate and the launcher keep what is known to hang away
+	// from here; whatever else does is killed unborn, and not tried again: nothing may ever run twice.
+	guard := time.AfterFunc(startPatience, func() { x.kill(x.tag) })
+	pid, err = spec.start()
+	if !guard.Stop() && err == nil {
+		err = errHungStart
+		go x.bury(pid)
+	}
+	if err == nil {
+		x.mu.Lock()
+		x.leaders[pid], x.live[x.tag] = true, true
+		x.mu.Unlock()
+	}
 	return pid, err
 }
 
@@ -364,6 +371,7 @@ func spawn(noNewPrivs bool, jobs <-chan func(), ready chan<- *childList) {
 // true: pid and err are set, as after any start.
 func (x *run) abortStart() bool {
 	if x.phase.CompareAndSwap(startWaiting, startAborted) {
+		x.closeChildSide()
 		return false
 	}
 	for begun := time.Now(); time.Since(begun) < sweepPatience; {
@@ -376,6 +384,7 @@ func (x *run) abortStart() bool {
 	}
 	go func() { // it cannot be killed now: end it when the kernel lets go
 		<-x.started
+		x.closeChildSide()
 		if x.err == nil {
 			x.bury(x.pid)
 		}
@@ -544,7 +553,7 @@ func explainStart(err error, name, cwd string) error {
 
 // locate finds the file of a command name: this very binary for aexec and ae, else on the path, never in the current directory
 // unless the name has a slash. direct says that an exec of it will not hang.
-func locate(name, cwd string, pathDirs []string, cred *credential) (path string, direct bool, err error) {
+func (r *runner) locate(name, cwd string, pathDirs []string, cred *credential) (path string, direct bool, err error) {
 	if name == "aexec" || name == "ae" {
 		return ownBinary(), true, nil
 	}
@@ -573,11 +582,37 @@ func locate(name, cwd string, pathDirs []string, cred *credential) (path string,
 		case info.Mode()&0o111 == 0:
 			failure = &startError{126, fmt.Sprintf("%q is not executable", path)}
 		default:
-			if real, atOnce := startsAtOnce(path); atOnce {
-				return real, true, nil
-			}
-			return path, false, nil
+			path, direct = r.atOnce(path, info)
+			return path, direct, nil
 		}
 	}
 	return "", false, failure
+}
+
+// direct is a program that starts at once, and the states of its file and directory in which that was found.
+type direct struct {
+	real      string
+	file, dir fileVersion
+}
+
+// atOnce is startsAtOnce, remembered for as long as neither the file nor its directory changes.
+func (r *runner) atOnce(path string, info os.FileInfo) (string, bool) {
+	r.mu.Lock()
+	known, ok := r.direct[path]
+	r.mu.Unlock()
+	file := versionOf(info)
+	if ok && known.file == file && known.dir == versionAt(filepath.Dir(known.real)) {
+		return known.real, true
+	}
+	real, ok := startsAtOnce(path)
+	if !ok {
+		return path, false
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if len(r.direct) >= maxDirect {
+		clear(r.direct) // an agent may spell one path in many ways
+	}
+	r.direct[path] = direct{real, file, versionAt(filepath.Dir(real))}
+	return real, true
 }

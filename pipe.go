@@ -64,7 +64,7 @@ func openPlumbing(c command, null *os.File) (p *plumbing, err error) {
 	for i := range p.streams {
 		s := &p.streams[i]
 		s.number = i + 1
-		if s.file, p.childSide[s.number], err = os.Pipe(); err != nil {
+		if s.file, p.childSide[s.number], err = outputPipe(); err != nil {
 			return nil, err
 		}
 		if c.sink != nil {

@@ -31,6 +31,7 @@ func launched() bool                            { return false }
 func ownBinary() string                         { path, _ := os.Executable(); return path }
 func startsAtOnce(path string) (string, bool)   { return path, true }
 func isDead(int) bool                           { return false }
+func outputPipe() (r, w *os.File, err error)    { return os.Pipe() }
 func enlargePipe(*os.File, int)                 {}
 func pendingBytes(*os.File) int                 { return 0 } // every piece of a stream is flushed
 
@@ -45,6 +46,7 @@ type startSpec struct {
 	files     []*os.File
 	cred      *credential
 	limited   bool
+	status    *os.File // of a launcher: there is none
 }
 
 func (s *startSpec) launch(l rlimits) { s.limited = l != rlimits{} }
