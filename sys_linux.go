@@ -23,6 +23,8 @@ import (
 // From the top: 8 bits of magic, 20 bits of the configuration directory's hash, 36 bits that count runs downwards.
 type runTag uint64
 
+const spawnerSlice = 100_000 // nanoseconds; the least that the scheduler takes
+
 const (
 	tagMagic   runTag = 0x5A << 56
 	tagDirBits        = 20
@@ -201,6 +203,12 @@ func prepareSpawner(noNewPrivs bool) *childList {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
 			panic(err) // fail safe: kernels since 3.5 cannot refuse it
 		}
+	}
+	// The next start waits until this thread is back from the exec: a short slice has it run soon after it wakes (sched_setattr(2),
+	// Linux 6.12). Commands do not inherit it; nor would they a negative niceness, so that is left alone.
+	if a, err := unix.SchedGetAttr(0, 0); err == nil && a.Policy == unix.SCHED_NORMAL && a.Nice >= 0 {
+		a.Runtime, a.Flags = spawnerSlice, a.Flags|unix.SCHED_FLAG_RESET_ON_FORK
+		unix.SchedSetAttr(0, a, 0) // where that is not known, starts are a little later
 	}
 	return openChildList(unix.Gettid())
 }
