@@ -1,4 +1,4 @@
-// This file is the configuration: directory, key, .env, environment, and settings.json read, checked, compiled, followed and edited in place.
+// This file is the configuration: directory, key, .env, environment, and settings.json read, compiled, followed and edited in place.
 // It may read the environment, and open and replace configuration files under strict modes; all others go through its functions.
 // It must not decide, run or serve anything, show the key to anybody but who asks for it by name, or hand out settings that are not whole.
 package main
@@ -55,7 +55,7 @@ type keySecret struct {
 
 func newAPIKey(text string) (*apiKey, error) {
 	if len(text) < minKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return nil, fmt.Errorf("the API_KEY must have %d characters or more, of printable ASCII without spaces: run aexec key rotate", minKeyChars)
+		return nil, fmt.Errorf("the API_KEY needs %d or more characters of printable ASCII, without spaces: run aexec key rotate", minKeyChars)
 	}
 	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
 }
@@ -133,7 +133,7 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 	}
 	port, err := strconv.ParseUint(portText, 10, 16)
 	if err != nil {
-		return startup{}, fmt.Errorf("PORT is %q: it must be a number from 0 to 65535 (look at the flags, the environment and %s)", portText, p.env)
+		return startup{}, fmt.Errorf("PORT is %q, and not a number from 0 to 65535: look at the flags, the environment and %s", portText, p.env)
 	}
 	if keyText == "" {
 		return startup{}, fmt.Errorf("there is no API_KEY in the environment or in %s: run aexec setup", p.env)
@@ -260,13 +260,16 @@ func lookupCredential(name string) (*credential, error) {
 		return nil, err
 	}
 	groups, err := u.GroupIds()
-	var ids []uint32
-	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
-		id, notNumber := strconv.ParseUint(text, 10, 32)
-		ids, err = append(ids, uint32(id)), cmp.Or(err, notNumber)
-	}
 	if err != nil {
 		return nil, err
+	}
+	var ids []uint32
+	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
+		id, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, uint32(id))
 	}
 	c := &credential{ids[0], ids[1], ids[2:], u.Username, u.HomeDir, "/bin/sh"}
 	passwd, _ := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
@@ -326,10 +329,10 @@ func readTrusted(path string, private bool) ([]byte, error) {
 	if err := checkTrustedFile(f, private); err != nil {
 		return nil, err
 	}
-	before, statErr := f.Stat()
+	before, beforeErr := f.Stat()
 	data, err := io.ReadAll(io.LimitReader(f, maxConfigBytes))
-	after, err2 := f.Stat()
-	switch err := errors.Join(statErr, err, err2); {
+	after, afterErr := f.Stat()
+	switch err := errors.Join(beforeErr, err, afterErr); {
 	case err != nil:
 		return nil, err
 	case len(data) == maxConfigBytes:

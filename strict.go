@@ -1,4 +1,4 @@
-// This file is the strict JSON reader, for bodies and files both, the typed values of settings, and edits that leave the rest of a text as it was.
+// This file is the strict JSON reader, for bodies and files both, the typed values of settings, and edits that leave the rest as it was.
 // It may look at bytes and make others of them.
 // It must not do I/O, keep state, or accept what encoding/json would not: it only ever refuses more.
 package main
@@ -257,7 +257,8 @@ func parseSettings(p paths, data []byte) (*settings, error) {
 	ms := func(key string) time.Duration { return time.Duration(r.number(key, 1, dayMs)) * time.Millisecond }
 	s := &settings{
 		IPAllow: r.prefixes("ip.allow"), IPDeny: r.prefixes("ip.deny"),
-		Timeout: ms("timeoutMs"), KillGrace: ms("killGraceMs"), RateWindow: ms("rateLimit.windowMs"), RateMax: int(r.number("rateLimit.max", 0, 1<<30)),
+		Timeout: ms("timeoutMs"), KillGrace: ms("killGraceMs"),
+		RateWindow: ms("rateLimit.windowMs"), RateMax: int(r.number("rateLimit.max", 0, 1<<30)),
 		MaxOutputBytes: r.number("maxOutputBytes", 1, 1<<30), MaxStreamBytes: r.number("maxStreamBytes", 1, 1<<50),
 		MaxRequestBodyBytes: r.number("maxRequestBodyBytes", 1, 1<<26), MaxConcurrentExec: int(r.number("maxConcurrentExec", 1, 1<<12)),
 		AuditEnabled: r.nodes["audit.enabled"].kind == 't', AuditFile: cmp.Or(r.string("audit.file", absolutePath), p.audit),
@@ -267,7 +268,8 @@ func parseSettings(p paths, data []byte) (*settings, error) {
 	e := &s.Exec
 	e.Allow, e.Deny = r.rules("exec.allow"), r.rules("exec.deny")
 	e.TestsAllowed, e.TestsRefused = r.rules("exec.tests.allowed"), r.rules("exec.tests.refused")
-	e.Cwd, e.User, e.NoNewPrivileges = r.string("exec.cwd", absolutePath), r.string("exec.user", anyText), r.nodes["exec.noNewPrivileges"].kind == 't'
+	e.Cwd, e.User = r.string("exec.cwd", absolutePath), r.string("exec.user", anyText)
+	e.NoNewPrivileges = r.nodes["exec.noNewPrivileges"].kind == 't'
 	e.EnvKeep, e.EnvSet = r.strings("exec.env.keep", r.nodes["exec.env.keep"], variable), r.variables("exec.env.set")
 	limit := func(name string, most int64) uint64 { return uint64(r.number("exec.limits."+name, 0, most)) }
 	e.Limits = rlimits{limit("cpuSeconds", 1<<31), limit("memoryBytes", 1<<50), limit("fileBytes", 1<<50),
