@@ -225,6 +225,7 @@ func TestStartupErrors(t *testing.T) {
 	}
 	configWrite(t, p.env, "API_KEY=0123456789abcdef", 0o640)
 	try("readable by the group")
+	configWrite(t, p.env, "API_KEY=0123456789abcdef", 0o600)
 	if err := os.Chmod(p.dir, 0o770); err != nil {
 		t.Fatal(err)
 	}
