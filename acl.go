@@ -77,6 +77,14 @@ type decision struct {
 	Source  string `json:"source,omitempty"`
 }
 
+// why says it to people.
+func (d decision) why() string {
+	if d.Rule == "" {
+		return "no rule allows it"
+	}
+	return fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
+}
+
 // approved is an argv that may be run. Its fields are set in this file only; the zero value is refused where commands are run.
 type approved struct {
 	argv []string

@@ -213,7 +213,7 @@ func cliConfig(t *terminal) error {
 		settings = t.settings.table()
 	}
 	lines := append(each(files, func(f fileInfo) string {
-		return fmt.Sprintf("%q\t%s\t%s", f.Path, cmp.Or(f.Mode, "missing"), f.Problem)
+		return fmt.Sprintf("%q\t%s", f.Path, f.State)
 	}), "")
 	lines = append(lines, each(settings, func(row settingInfo) string {
 		value, _ := json.Marshal(row.Value) // came from JSON
@@ -304,11 +304,7 @@ func cliACLCheck(t *terminal) error {
 		return err
 	}
 	_, d := t.snap.policy.decide(t.args)
-	by := "no rule allows it"
-	if d.Rule != "" {
-		by = fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
-	}
-	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %s: %s", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args), by))
+	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %s: %s", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args), d.why()))
 }
 
 func cliACLDoctor(t *terminal) error {

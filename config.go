@@ -1,4 +1,4 @@
-// This file is the configuration: directory, key, .env, environment, and settings.json read, checked, compiled, followed and edited in place.
+// This file is the configuration: directory, key, .env, environment, and settings.json read, compiled, followed and edited in place.
 // It may read the environment, and open and replace configuration files under strict modes; all others go through its functions.
 // It must not decide, run or serve anything, show the key to anybody but who asks for it by name, or hand out settings that are not whole.
 package main
@@ -15,6 +15,7 @@ import (
 	"maps"
 	"os"
 	"os/user"
+	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -23,7 +24,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unicode/utf8"
 )
 
 const (
@@ -54,11 +54,8 @@ type keySecret struct {
 }
 
 func newAPIKey(text string) (*apiKey, error) {
-	if len(text) < minKeyChars {
-		return nil, fmt.Errorf("the API_KEY has %d characters and needs at least %d: run aexec key rotate", len(text), minKeyChars)
-	}
-	if strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return nil, errors.New("the API_KEY holds a character that a header cannot carry: use printable ASCII without spaces")
+	if len(text) < minKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return nil, fmt.Errorf("the API_KEY needs %d or more characters of printable ASCII, without spaces: run aexec key rotate", minKeyChars)
 	}
 	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
 }
@@ -69,10 +66,9 @@ func (k *apiKey) matches(candidate string) bool {
 	return subtle.ConstantTimeCompare(sum[:], k.digest[:]) == 1
 }
 
-func (k *apiKey) id() string                  { return fmt.Sprintf("sha256:%x", k.digest[:6]) }
-func (k *apiKey) redact(s string) string      { return strings.ReplaceAll(s, k.text, redactedKey) }
-func (k apiKey) Format(f fmt.State, _ rune)   { io.WriteString(f, redactedKey) }
-func (k apiKey) MarshalText() ([]byte, error) { return []byte(redactedKey), nil }
+func (k *apiKey) id() string                { return fmt.Sprintf("sha256:%x", k.digest[:6]) }
+func (k *apiKey) redact(s string) string    { return strings.ReplaceAll(s, k.text, redactedKey) }
+func (k apiKey) Format(f fmt.State, _ rune) { io.WriteString(f, redactedKey) }
 
 // paths are the files of one configuration directory.
 type paths struct{ dir, env, settings, plugins, audit, log, pid string }
@@ -127,7 +123,7 @@ func takeEnv(name string) string {
 
 func loadStartup(p paths, f startupFlags) (startup, error) {
 	file, err := readEnvFile(p)
-	if err := cmp.Or(checkTrustedDir(p.dir), err); err != nil {
+	if err != nil {
 		return startup{}, err
 	}
 	value := func(name, flag string) string { return cmp.Or(flag, os.Getenv(name), file[name]) }
@@ -135,12 +131,15 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 	if f.portSet {
 		portText = strconv.Itoa(f.port)
 	}
+	port, err := strconv.ParseUint(portText, 10, 16)
+	if err != nil {
+		return startup{}, fmt.Errorf("PORT is %q, and not a number from 0 to 65535: look at the flags, the environment and %s", portText, p.env)
+	}
 	if keyText == "" {
 		return startup{}, fmt.Errorf("there is no API_KEY in the environment or in %s: run aexec setup", p.env)
 	}
-	port, err := strconv.ParseUint(portText, 10, 16)
-	if err != nil {
-		return startup{}, fmt.Errorf("PORT is %q: it must be a number from 0 to 65535 (look at the flags, the environment and %s)", portText, p.env)
+	if err := checkTrustedDir(p.dir); err != nil {
+		return startup{}, err
 	}
 	key, err := newAPIKey(keyText)
 	return startup{
@@ -152,10 +151,10 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 // startupNames are all that .env may set.
 var startupNames = []string{"API_KEY", "HOST", "PORT", "AGENT_EXEC_ENABLED", "AGENT_EXEC_ALLOW_QUERY_API_KEY"}
 
-// A line of .env: perhaps export, a name, and a value in quotes or up to white space before a #.
+// A line of .env: a name, and a value in quotes or without spaces, and perhaps a comment.
 var (
-	envLine = regexp.MustCompile(`^(?:export )?\s*(\w+)\s*=\s*(?:(?:"([^"]*)"|'([^']*)')\s*(?:#.*)?|(.*?)(?:\s+#.*)?)$`)
-	keyLine = regexp.MustCompile(`(?m)^(\s*(?:export )?\s*)API_KEY\s*=.*$`)
+	envLine = regexp.MustCompile(`^(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'#]\S*)?)(?:\s+#.*)?$`)
+	keyLine = regexp.MustCompile(`(?m)^([ \t]*(?:export\s+)?)API_KEY\s*=.*$`)
 )
 
 // readEnvFile reads .env; a missing one is empty, for the environment may have it all. No error quotes a value: it may be the key.
@@ -169,61 +168,53 @@ func readEnvFile(p paths) (map[string]string, error) {
 		if line = strings.TrimSpace(line); line == "" || line[0] == '#' {
 			continue
 		}
-		fault, m := "", envLine.FindStringSubmatch(line)
-		if m == nil || !slices.Contains(startupNames, m[1]) {
-			fault = "is not KEY=VALUE with a key of " + strings.Join(startupNames, ", ")
-		} else if _, twice := values[m[1]]; twice {
-			fault = m[1] + " is set twice: remove one"
-		} else if strings.HasPrefix(m[4], `"`) || strings.HasPrefix(m[4], "'") {
-			fault = m[1] + ": the value begins with a quote and does not end with it"
-		}
-		if fault != "" {
-			return nil, fmt.Errorf("%s:%d: %s", p.env, i+1, fault)
+		m := envLine.FindStringSubmatch(line)
+		if m == nil || !slices.Contains(startupNames, m[1]) || values[m[1]] != "" {
+			return nil, fmt.Errorf("%s:%d: is not KEY=VALUE with a key of %s, each once", p.env, i+1, strings.Join(startupNames, ", "))
 		}
 		values[m[1]] = m[2] + m[3] + m[4]
 	}
-	maps.DeleteFunc(values, func(_, value string) bool { return value == "" })
 	return values, nil
 }
 
-func newKeyText() string {
-	random := make([]byte, 32)
-	rand.Read(random) // never fails: it ends the process instead
-	return fmt.Sprintf("%x", random)
-}
+// newKeyText is 260 random bits, in base 32.
+func newKeyText() string { return rand.Text() + rand.Text() }
 
 // rotateKey puts a new key into .env and keeps the rest; a crash leaves the old or the new.
 func rotateKey(p paths) (*apiKey, error) {
-	_, err := readEnvFile(p)
-	data, readErr := readTrusted(p.env, true)
-	key, keyErr := newAPIKey(newKeyText())
-	if err := cmp.Or(err, readErr, keyErr); err != nil {
+	data, err := readTrusted(p.env, true)
+	if err != nil {
 		return nil, err
 	}
-	text := "API_KEY=" + key.text + "\n" + string(data)
-	if keyLine.Match(data) {
-		text = keyLine.ReplaceAllString(string(data), "${1}API_KEY="+key.text)
+	line := "API_KEY=" + newKeyText()
+	text := keyLine.ReplaceAllString(string(data), "${1}"+line)
+	if !keyLine.Match(data) {
+		text = line + "\n" + text
 	}
-	return key, rewriteFile(p.env, []byte(text), 0o600)
+	if err := rewriteFile(p.env, []byte(text), 0o600); err != nil {
+		return nil, err
+	}
+	return newAPIKey(strings.TrimPrefix(line, "API_KEY="))
 }
 
 // createConfig makes what is missing of the directory, keeps what is there, and says which is which.
 func createConfig(p paths) (made, kept []string, err error) {
 	env := strings.Replace(defaultEnv, redactedKey, newKeyText(), 1)
-	for _, step := range []struct{ path, text string }{{p.dir, ""}, {p.plugins, ""}, {p.settings, defaultSettings}, {p.env, env}} {
-		list := &made
-		switch _, missing := os.Lstat(step.path); {
-		case missing == nil:
-			list = &kept
-		case step.text == "":
+	policy := strings.Replace(defaultSettings, `"allow": []`, `"allow": ["aexec --version"]`, 1)
+	for _, step := range []struct{ path, text string }{{p.dir, ""}, {p.plugins, ""}, {p.settings, policy}, {p.env, env}} {
+		if _, err := os.Lstat(step.path); err == nil {
+			kept = append(kept, step.path)
+			continue
+		}
+		if step.text == "" {
 			err = os.MkdirAll(step.path, 0o700)
-		default:
+		} else if err = checkTrustedDir(p.dir); err == nil { // no key where others can write
 			err = rewriteFile(step.path, []byte(step.text), 0o600)
 		}
-		if err = cmp.Or(err, checkTrustedDir(p.dir)); err != nil {
+		if err != nil {
 			return made, kept, err
 		}
-		*list = append(*list, step.path)
+		made = append(made, step.path)
 	}
 	return made, kept, nil
 }
@@ -234,11 +225,7 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 	vars := map[string]string{}
 	for _, variable := range os.Environ() {
 		name, value, _ := strings.Cut(variable, "=")
-		matches := func(k string) bool {
-			stem, star := strings.CutSuffix(k, "*")
-			return k == name || star && strings.HasPrefix(name, stem)
-		}
-		if slices.ContainsFunc(keep, matches) && !secretVariable(name) {
+		if slices.ContainsFunc(keep, func(k string) bool { ok, _ := path.Match(k, name); return ok }) {
 			vars[name] = value
 		}
 	}
@@ -249,6 +236,7 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 		vars["HOME"], vars["USER"], vars["LOGNAME"], vars["SHELL"] = cred.Home, cred.Name, cred.Name, cred.Shell
 	}
 	maps.Copy(vars, s.Exec.EnvSet)
+	maps.DeleteFunc(vars, func(name, _ string) bool { return name == "API_KEY" || strings.HasPrefix(name, "AGENT_EXEC_") })
 	for _, name := range slices.Sorted(maps.Keys(vars)) {
 		env = append(env, name+"="+vars[name])
 	}
@@ -272,13 +260,16 @@ func lookupCredential(name string) (*credential, error) {
 		return nil, err
 	}
 	groups, err := u.GroupIds()
-	var ids []uint32
-	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
-		id, notNumber := strconv.ParseUint(text, 10, 32)
-		ids, err = append(ids, uint32(id)), cmp.Or(err, notNumber)
-	}
 	if err != nil {
 		return nil, err
+	}
+	var ids []uint32
+	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
+		id, err := strconv.ParseUint(text, 10, 32)
+		if err != nil {
+			return nil, err
+		}
+		ids = append(ids, uint32(id))
 	}
 	c := &credential{ids[0], ids[1], ids[2:], u.Username, u.HomeDir, "/bin/sh"}
 	passwd, _ := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
@@ -290,11 +281,7 @@ func lookupCredential(name string) (*credential, error) {
 
 // openTrusted opens for reading: never through a link, never waiting (a FIFO), never taking a terminal.
 func openTrusted(path string, flags int) (*os.File, error) {
-	f, err := os.OpenFile(path, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0)
-	if info, e := os.Lstat(path); err != nil && e == nil && info.Mode()&fs.ModeSymlink != 0 {
-		return nil, fmt.Errorf("%s is a symbolic link: put the real thing in its place", path)
-	}
-	return f, err
+	return os.OpenFile(path, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0)
 }
 
 // checkTrusted holds what is open to strict modes: a file or directory of this user or root, without write access for others,
@@ -307,14 +294,12 @@ func checkTrusted(f *os.File, kind fs.FileMode, private bool) error {
 	refused, chmod := fs.FileMode(0o022), "go-w"
 	if private {
 		refused, chmod = 0o077, "600"
-	} else if kind == fs.ModeDir {
-		chmod = "700"
 	}
 	switch uid, euid := int(info.Sys().(*syscall.Stat_t).Uid), os.Geteuid(); {
 	case info.Mode().Type() != kind:
 		return fmt.Errorf("%s is not a regular file", f.Name())
 	case uid != euid && uid != 0:
-		return fmt.Errorf("%s belongs to uid %d, and to be trusted must belong to uid %d or to root: run chown %d %q", f.Name(), uid, euid, euid, f.Name())
+		return fmt.Errorf("%s belongs to uid %d, and must belong to uid %d or root: run chown %d %q", f.Name(), uid, euid, euid, f.Name())
 	case info.Mode()&refused != 0:
 		return fmt.Errorf("%s has mode %04o, which lets others than its owner in: run chmod %s %q", f.Name(), info.Mode().Perm(), chmod, f.Name())
 	}
@@ -341,15 +326,15 @@ func readTrusted(path string, private bool) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	before, err := f.Stat()
-	if err = cmp.Or(err, checkTrustedFile(f, private)); err != nil {
+	if err := checkTrustedFile(f, private); err != nil {
 		return nil, err
 	}
+	before, beforeErr := f.Stat()
 	data, err := io.ReadAll(io.LimitReader(f, maxConfigBytes))
-	after, statErr := f.Stat()
-	switch {
-	case err != nil || statErr != nil:
-		return nil, errors.Join(err, statErr)
+	after, afterErr := f.Stat()
+	switch err := errors.Join(beforeErr, err, afterErr); {
+	case err != nil:
+		return nil, err
 	case len(data) == maxConfigBytes:
 		return nil, fmt.Errorf("%s is larger than a configuration file may be (%d bytes)", path, maxConfigBytes-1)
 	case before.Size() != after.Size() || !before.ModTime().Equal(after.ModTime()): // a rename over it moves the ctime alone
@@ -358,17 +343,17 @@ func readTrusted(path string, private bool) ([]byte, error) {
 	return data, nil
 }
 
-// fileVersion tells one state of a file from another.
+// fileVersion tells one state of a file from another; changed is the ctime in nanoseconds, which every change of the file moves.
 type fileVersion struct {
-	device, inode                 uint64
-	size, mtime, ctime, ctimeNsec int64
-	mode                          fs.FileMode
+	device, inode uint64
+	size, changed int64
+	mode          fs.FileMode
 }
 
 func versionOf(info fs.FileInfo) fileVersion {
 	st := info.Sys().(*syscall.Stat_t)
 	sec, nsec := statChangeTime(st)
-	return fileVersion{uint64(st.Dev), st.Ino, info.Size(), info.ModTime().UnixNano(), sec, nsec, info.Mode()}
+	return fileVersion{uint64(st.Dev), st.Ino, info.Size(), sec*1e9 + nsec, info.Mode()}
 }
 
 // versionAt is the zero version if nothing is there.
@@ -379,48 +364,33 @@ func versionAt(path string) fileVersion {
 	return fileVersion{}
 }
 
-// rewriteFile replaces a file at once (temporary file, fsync, rename, fsync of the directory), so that a crash leaves the old or the new.
+// rewriteFile replaces a file at once (temporary file, fsync, rename), so that a crash leaves the old or the new.
 func rewriteFile(path string, data []byte, mode fs.FileMode) error {
-	dir, err := os.Open(filepath.Dir(path))
-	if err != nil {
-		return err
-	}
-	defer dir.Close()
-	f, err := os.CreateTemp(dir.Name(), filepath.Base(path)+".new-*")
+	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".new-*")
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name()) // finds nothing after the rename
 	_, err = f.Write(data)
-	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err == nil {
-		err = os.Rename(f.Name(), path)
+	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
+		return err
 	}
-	return cmp.Or(err, dir.Sync())
+	return os.Rename(f.Name(), path)
 }
 
-// fileInfo is one file of `aexec config`: its mode ("": it is not there), and what is wrong with it ("": nothing).
+// fileInfo is one file of `aexec config`: its state is its mode, or that it is missing.
 type fileInfo struct {
-	Path    string `json:"path"`
-	Mode    string `json:"mode"`
-	Problem string `json:"problem"`
+	Path  string `json:"path"`
+	State string `json:"state"`
 }
 
-// configFiles looks at every file of the directory.
 func configFiles(p paths) (files []fileInfo) {
 	for _, path := range []string{p.dir, p.env, p.settings, p.plugins, p.audit, p.log, p.pid} {
-		file := fileInfo{Path: path}
-		info, err := os.Lstat(path)
-		if err == nil {
-			file.Mode = info.Mode().String()
-			var f *os.File
-			if f, err = openTrusted(path, 0); err == nil {
-				err = errors.Join(checkTrusted(f, info.Mode()&fs.ModeDir, path == p.env), f.Close())
-			}
+		state := "missing"
+		if info, err := os.Lstat(path); err == nil {
+			state = info.Mode().String()
 		}
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			file.Problem = err.Error()
-		}
-		files = append(files, file)
+		files = append(files, fileInfo{path, state})
 	}
 	return files
 }
@@ -437,15 +407,15 @@ func loadSettings(p paths) (*settings, error) {
 // restartValues reads from disk everything of .env and settings.json that only a restart brings into force, as printable
 // values by name ("API_KEY" is the key's id). The server publishes them at start; comparing tells what needs a restart.
 func restartValues(p paths) (map[string]string, error) {
-	values, envErr := readEnvFile(p)
-	s, err := loadSettings(p)
-	if err := cmp.Or(envErr, err); err != nil {
+	values, err := readEnvFile(p)
+	if err != nil {
 		return nil, err
 	}
-	key, err := newAPIKey(values["API_KEY"])
-	if delete(values, "API_KEY"); err == nil {
-		values["API_KEY"] = key.id()
+	s, err := loadSettings(p)
+	if err != nil {
+		return nil, err
 	}
+	values["API_KEY"] = (&apiKey{&keySecret{digest: sha256.Sum256([]byte(values["API_KEY"]))}}).id()
 	for _, name := range restartOnly {
 		values[name] = fmt.Sprint(s.source.nodes[name].plain())
 	}
@@ -489,15 +459,6 @@ func newSnapshot(p paths, data []byte, plugins []ruleSet) (*snapshot, error) {
 	return s, nil
 }
 
-// reload says what a look at settings.json brought.
-type reload int
-
-const (
-	unchanged reload = iota
-	reloaded         // a new snapshot is in force
-	wentBad          // the file has become unusable, or so for another reason: nothing is allowed until it is right again
-)
-
 // store keeps one outcome of reading settings.json, a snapshot or why there is none, in step with the file.
 type store struct {
 	p        paths
@@ -516,84 +477,62 @@ func openStore(p paths, plugins []ruleSet) (*store, error) {
 	return s, err
 }
 
-// current stats settings.json and gives the snapshot in force, or the error that makes it unusable (naming file, line, column).
-// reloaded and wentBad are reported to exactly one caller.
-func (s *store) current() (*snapshot, reload, error) {
+// current stats settings.json and gives the snapshot in force, or the error that makes it unusable (naming file, line, column): then
+// nothing is allowed. A change of either is news, to exactly one caller.
+func (s *store) current() (snap *snapshot, news bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.holds() {
-		return s.snapshot, unchanged, s.err
+		return s.snapshot, false, s.err
 	}
-	old, oldErr, event := s.snapshot, s.err, unchanged
-	if s.read(); s.err == nil && s.snapshot != old {
-		event = reloaded
-	} else if s.err != nil && s.err.Error() != fmt.Sprint(oldErr) {
-		event = wentBad
+	old, oldErr := s.snapshot, s.err
+	s.version, s.tried = versionAt(s.p.settings), time.Now() // first: a change from here on is one that holds notices
+	data, err := readTrusted(s.p.settings, false)
+	if s.err = cmp.Or(checkTrustedDir(s.p.dir), err); s.err != nil {
+		s.snapshot = nil
+	} else if s.snapshot == nil || s.snapshot.source.data != string(data) { // a file that says the same makes no new snapshot
+		s.snapshot, s.err = newSnapshot(s.p, data, s.plugins)
 	}
-	return s.snapshot, event, s.err
+	return s.snapshot, s.snapshot != old || fmt.Sprint(s.err) != fmt.Sprint(oldErr), s.err
 }
 
 // holds says whether the file is still as it was read. A file changed so lately that its times might not tell a further change is read
 // again; so is, after a while, one that was in error: the reason may lie outside of it, or have gone since.
 func (s *store) holds() bool {
-	changed := time.Unix(s.version.ctime, s.version.ctimeNsec)
-	return s.version == versionAt(s.p.settings) && s.tried.Sub(changed) > settleTime && (s.err == nil || time.Since(s.tried) < retryTime)
+	settled := s.tried.UnixNano()-s.version.changed > int64(settleTime)
+	return settled && s.version == versionAt(s.p.settings) && (s.err == nil || time.Since(s.tried) < retryTime)
 }
 
-// read takes the version first: a change in between is one that holds notices. A file that says the same makes no new snapshot.
-func (s *store) read() {
-	s.version, s.tried = versionAt(s.p.settings), time.Now()
-	data, err := readTrusted(s.p.settings, false)
-	if s.err = cmp.Or(checkTrustedDir(s.p.dir), err); s.err != nil {
-		s.snapshot = nil
-	} else if s.snapshot == nil || s.snapshot.source.data != string(data) {
-		s.snapshot, s.err = newSnapshot(s.p, data, s.plugins)
-	}
-}
-
-// editRules adds or removes one rule of exec.allow or exec.deny in place, keeping the rest of the file as written.
+// editRules adds or removes one rule of exec.allow or exec.deny in place. What would not load is not written.
 func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleSet) error {
-	if !utf8.ValidString(rule.Text + strings.Join(rule.Argv, "")) {
-		return fmt.Errorf("the rule %q is not UTF-8 and cannot stand in %s", rule, p.settings)
-	}
-	state := map[bool]string{false: "already has", true: "does not have"}[remove]
-	return editSettings(p, fmt.Errorf("exec.%s of %s %s the rule %q", list, p.settings, state, rule),
-		func(data []byte) ([]byte, error) { return editList(data, "exec."+list, rule, remove) },
-		func(data []byte) error { _, err := newSnapshot(p, data, plugins); return err })
-}
-
-// editPluginState enables or disables a plugin in settings.json. Whether exec.tests still hold is not tried: that takes the plugins' rules.
-func editPluginState(p paths, name string, enable bool) error {
-	load := func(data []byte) error { _, err := parseSettings(p, data); return err }
-	return editSettings(p, fmt.Errorf("plugin %q is already so in %s", name, p.settings), func(data []byte) ([]byte, error) {
-		s, err := parseSettings(p, data)
-		if err != nil {
-			return nil, err
-		}
-		data, err = editList(data, "plugins.disabled", name, enable)
-		if err == nil && enable && s.PluginsMode == "explicit" {
-			data, err = editList(data, "plugins.enabled", name, false)
-		}
-		return data, err
-	}, load)
-}
-
-// editSettings puts what edit makes of settings.json in its place. What would not load is not written, and no change is an error.
-func editSettings(p paths, noChange error, edit func([]byte) ([]byte, error), load func([]byte) error) error {
-	mode := versionAt(p.settings).mode.Perm()
-	data, err := readTrusted(p.settings, false)
+	s, err := loadSettings(p)
 	if err != nil {
 		return err
 	}
-	edited, err := edit(data)
-	if err == nil && slices.Equal(edited, data) {
-		err = noChange
+	text := editList(s.source.data, "exec."+list, rule, remove)
+	if _, err := newSnapshot(p, []byte(text), plugins); err != nil {
+		return err
 	}
-	if err == nil {
-		err = load(edited)
-	}
+	return s.replace(p, "exec."+list, text)
+}
+
+// editPluginState enables or disables a plugin in place. Whether exec.tests still hold is not tried: that takes the plugins' rules.
+func editPluginState(p paths, name string, enable bool) error {
+	s, err := loadSettings(p)
 	if err != nil {
-		return jsonErrorIn(p.settings, err)
+		return err
 	}
-	return rewriteFile(p.settings, edited, mode)
+	text := editList(s.source.data, "plugins.disabled", name, enable)
+	if enable && s.PluginsMode == "explicit" {
+		text = editList(text, "plugins.enabled", name, false)
+	}
+	return s.replace(p, "plugins", text)
+}
+
+// replace puts another text, in which the key is edited, in the place of settings.json.
+func (s *settings) replace(p paths, key, text string) error {
+	if text == s.source.data {
+		return fmt.Errorf("there is nothing to change in %s of %s", key, p.settings)
+	}
+	return rewriteFile(p.settings, []byte(text), versionAt(p.settings).mode.Perm())
 }

@@ -17,7 +17,7 @@ import (
 func parseExecBody(data []byte) ([]string, *apiError) {
 	body, err := parseStrict(data)
 	if err != nil {
-		return nil, newError("invalid_json").because("The body is not valid JSON: %v.", err)
+		return nil, newError("invalid_json").because("The body is not valid JSON, at line:column %v.", err)
 	}
 	fields := slices.DeleteFunc(slices.Clone(body.keys), func(key string) bool { return key == "args" })
 	switch {
@@ -32,7 +32,7 @@ func parseExecBody(data []byte) ([]string, *apiError) {
 	}
 	args := []string{}
 	for i, item := range body.items[0].items {
-		if item.kind != '"' || item.surrogate {
+		if item.kind != '"' {
 			return nil, newError("invalid_args").because("args[%d] is not a string of Unicode characters.", i)
 		}
 		args = append(args, item.str)

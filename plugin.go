@@ -255,18 +255,13 @@ func parsePlugin(name, file string, data []byte) (*plugin, error) {
 		before: text("plugin.before", hookPath, hookWant), after: text("plugin.after", hookPath, hookWant)}
 	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: r.rules("exec.allow"), Deny: r.rules("exec.deny")}
 	r.number("plugin.apiVersion", 1, 1)
-	for key, n := range r.nodes {
-		if !r.inFile[key] {
-			n.start = 0 // what is wrong with a field that the file does not have is wrong at its start
-		}
-	}
 	badCommand := checkPluginWord("command", p.Command, commandChars)
-	switch needed := p.Type != "skill" || p.Rules.Allow != nil || r.inFile["plugin.command"]; {
+	switch needed := p.Type != "skill" || p.Rules.Allow != nil || r.inFile("plugin.command"); {
 	case p.Invoke == "run" && p.Type != "trusted":
 		r.fail(r.nodes["plugin.invoke"].start, "plugin.invoke", `"run" goes with "type":"trusted" only`)
 	case badCommand != nil && needed:
 		r.fail(r.nodes["plugin.command"].start, "plugin.command", "%v", badCommand)
-	case p.Type == "skill" && (p.before+p.after != "" || r.inFile["plugin.routes"]):
+	case p.Type == "skill" && (p.before+p.after != "" || r.inFile("plugin.routes")):
 		r.fail(r.nodes["plugin.type"].start, "plugin.type", "a skill plugin has neither hooks nor routes: use exec")
 	}
 	_, err = compilePolicy([]ruleSet{p.Rules}) // by themselves, so that an error has its place here
@@ -405,7 +400,7 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 	}
 	for i, key := range value.keys {
 		v, form := value.items[i], hookFields[field+"."+key]
-		if v.surrogate || !regexp.MustCompile(`(?s)^(`+form+`)$`).MatchString(string(v.kind)+v.str) {
+		if !regexp.MustCompile(`(?s)^(` + form + `)$`).MatchString(string(v.kind) + v.str) {
 			return none, fmt.Errorf("%.40q has no field %.40q with such a value", field, key)
 		}
 		fields[key] = map[byte]any{'"': v.str, 'n': nil}[v.kind]

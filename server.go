@@ -381,8 +381,8 @@ func (c *call) gates() *apiError {
 		return newError("disabled")
 	}
 	snap, news, err := c.s.store.current()
-	if news != unchanged {
-		c.s.announce(snap, news, err)
+	if news {
+		c.s.announce(snap, err)
 	}
 	if err != nil {
 		c.retryAfter(settingsRetryAfter)
@@ -421,8 +421,8 @@ func cleanPath(u *url.URL) bool {
 }
 
 // announce reports what a reload brought; the store tells it to one request only.
-func (s *server) announce(snap *snapshot, news reload, err error) {
-	if news == wentBad {
+func (s *server) announce(snap *snapshot, err error) {
+	if err != nil {
 		s.log.Printf("settings are unusable, nothing is allowed until they are mended: %v", err)
 		s.note(auditRecord{Event: "settings_invalid", Reason: err.Error()})
 		return

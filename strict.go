@@ -1,19 +1,16 @@
-// This file is the strict JSON reader, for bodies and files both, the typed values of settings, and edits that leave the rest of a text as it was.
+// This file is the strict JSON reader, for bodies and files both, the typed values of settings, and edits that leave the rest as it was.
 // It may look at bytes and make others of them.
 // It must not do I/O, keep state, or accept what encoding/json would not: it only ever refuses more.
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
 	"net/netip"
-	"reflect"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -22,26 +19,24 @@ import (
 )
 
 const (
-	maxJSONDepth  = 64 // arrays and objects within each other; ours need five
+	maxJSONCommas = 1 << 19 // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
 	dayMs         = 24 * 60 * 60 * 1000
-	maxJSONValues = 1 << 19 // as many as 1 MiB can hold; each takes about 150 bytes of memory
 )
 
 // nodeKinds names the kinds of a node for people.
 var nodeKinds = map[byte]string{
-	'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false", 'f': "true or false", 'n': "null",
+	'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false", 'f': "true or false",
 }
 
 // node is one JSON value of the strict reader, with its place in the text.
 type node struct {
-	kind      byte     // a key of nodeKinds
-	surrogate bool     // the string holds a lone surrogate escape, which became U+FFFD
-	start     int      // byte offset into the text
-	raw       string   // as written
-	str       string   // the string, or the number's literal
-	keys      []string // of an object, in order, unique
-	keyAt     []int    // byte offset of each key, or of each element of an array
-	items     []*node  // of an object or an array
+	kind  byte     // a key of nodeKinds, 'n' for null, or 'u' for a string with half a surrogate pair, which is not Unicode
+	start int      // byte offset into the text; 0 for a default
+	raw   string   // as written
+	str   string   // the string, or the number's literal
+	keys  []string // of an object, in order, unique
+	keyAt []int    // byte offset of each key
+	items []*node  // of an object or an array
 }
 
 // get is the member of an object, or nil.
@@ -52,8 +47,7 @@ func (n *node) get(key string) *node {
 	return nil
 }
 
-func (n *node) end() int     { return n.start + len(n.raw) }
-func (n *node) what() string { return nodeKinds[n.kind] }
+func (n *node) end() int { return n.start + len(n.raw) }
 
 // plain is the value as encoding/json has it.
 func (n *node) plain() (value any) {
@@ -61,195 +55,153 @@ func (n *node) plain() (value any) {
 	return value
 }
 
-// shown is the value for an error: text as it was sent only quoted, and cut.
-func (n *node) shown() string {
-	return cmp.Or(map[byte]string{'"': fmt.Sprintf("%.80q", n.str), '0': fmt.Sprintf("%.30s", n.str)}[n.kind], n.what())
-}
-
-// jsonError is what the strict reader found wrong, and where (line and column from 1, in bytes).
-type jsonError struct {
-	Line, Col int
-	Msg       string
-}
-
-func (e *jsonError) Error() string {
-	return fmt.Sprintf("line %d, column %d: %s", e.Line, e.Col, e.Msg)
-}
-
-// jsonErrorIn names the file of a *jsonError; others pass as they are.
-func jsonErrorIn(file string, err error) error {
-	if e, ok := errors.AsType[*jsonError](err); ok {
-		return fmt.Errorf("%s:%d:%d: %s", file, e.Line, e.Col, e.Msg)
-	}
-	return err
-}
-
-func newJSONError(text string, at int, format string, args ...any) error {
+// errorAt says what is wrong, and before it where: LINE:COLUMN, both from 1, columns in bytes.
+func errorAt(text string, at int, format string, args ...any) error {
 	before := text[:at]
-	return &jsonError{1 + strings.Count(before, "\n"), at - strings.LastIndexByte(before, '\n'), fmt.Sprintf(format, args...)}
+	return fmt.Errorf("%d:%d: %s", 1+strings.Count(before, "\n"), at-strings.LastIndexByte(before, '\n'), fmt.Sprintf(format, args...))
 }
 
-// strictReader walks through text that encoding/json has found valid, and so meets no syntax error. Its first error stays.
+// strictReader walks through text that encoding/json has found valid, and so meets no syntax error: it needs only to know
+// where values begin and end. Its first error stays.
 type strictReader struct {
-	text    string
-	decoder *json.Decoder
-	values  int
-	err     error
+	text string
+	at   int
+	err  error
 }
 
-// parseStrict reads one JSON value and nothing after it: no duplicate keys, no invalid UTF-8, no byte order mark,
-// nesting of at most maxJSONDepth, at most maxJSONValues values. Errors are *jsonError.
+// parseStrict reads one JSON value and nothing after it: no duplicate keys, no invalid UTF-8, at most maxJSONCommas commas.
+// Its errors begin with LINE:COLUMN.
 func parseStrict(data []byte) (*node, error) {
-	r := &strictReader{text: string(data), decoder: json.NewDecoder(bytes.NewReader(data))}
-	if strings.HasPrefix(r.text, "\ufeff") {
-		return nil, newJSONError(r.text, 0, "begins with a byte order mark: save it without one")
+	r := &strictReader{text: string(data)}
+	if !json.Valid(data) {
+		syntax, _ := errors.AsType[*json.SyntaxError](json.Unmarshal(data, new(any)))
+		return nil, errorAt(r.text, max(int(syntax.Offset)-1, 0), "%v", syntax)
 	}
 	for at, c := range r.text {
 		if c == utf8.RuneError && !strings.HasPrefix(r.text[at:], "\ufffd") {
-			return nil, newJSONError(r.text, at, "is not UTF-8")
+			return nil, errorAt(r.text, at, "is not UTF-8")
 		}
 	}
-	if syntax, bad := errors.AsType[*json.SyntaxError](json.Unmarshal(data, new(json.RawMessage))); bad {
-		return nil, newJSONError(r.text, max(int(syntax.Offset)-1, 0), "%v", syntax)
+	if strings.Count(r.text, ",") > maxJSONCommas {
+		return nil, errorAt(r.text, 0, "has more than %d commas", maxJSONCommas)
 	}
-	r.decoder.UseNumber()
-	root := r.value(1)
+	root := r.value()
 	return root, r.err
 }
 
-// next is where the next token begins; before it stand only white space, commas and colons.
-func (r *strictReader) next() int {
-	rest := r.text[r.decoder.InputOffset():]
-	return len(r.text) - len(strings.TrimLeft(rest, " \t\r\n,:"))
+// next goes to the next token, which begins with the result. Before it stand only white space, commas and colons.
+func (r *strictReader) next() byte {
+	for ; ; r.at++ {
+		switch c := r.text[r.at]; c {
+		case ' ', '\t', '\r', '\n', ',', ':':
+		default:
+			return c
+		}
+	}
 }
 
-func (r *strictReader) fail(at int, format string, args ...any) {
-	r.err = cmp.Or(r.err, newJSONError(r.text, at, format, args...))
-}
-
-// surrogates finds pairs of surrogate escapes, or half of one (4 bytes of it).
-var surrogates = regexp.MustCompile(`(?i)\\ud[89ab]..\\ud[c-f]|\\ud[89a-f]`)
-
-func (r *strictReader) value(depth int) *node {
-	n := &node{start: r.next()}
-	n.kind = r.text[n.start]
-	if r.values++; r.values > maxJSONValues {
-		r.fail(n.start, "has more than %d values", maxJSONValues)
+func (r *strictReader) value() *node {
+	n := &node{kind: r.next(), start: r.at}
+	switch n.kind {
+	case '{', '[':
+		r.members(n)
+	case '"':
+		n.kind, n.str = r.string()
+	default:
+		for r.at < len(r.text) && strings.IndexByte(" \t\r\n,]}", r.text[r.at]) < 0 {
+			r.at++
+		}
 	}
-	token, err := r.decoder.Token()
-	switch token := token.(type) {
-	case json.Delim:
-		r.members(n, depth)
-	case json.Number:
-		n.kind, n.str = '0', token.String()
-	case string:
-		n.str = token
-	}
-	if err != nil {
-		r.fail(n.start, "%v", err) // fail safe: it was valid
-	}
-	n.raw = r.text[n.start:r.decoder.InputOffset()]
-	if n.kind == '"' && strings.Contains(n.raw, `\u`) {
-		found := surrogates.FindAllString(strings.ReplaceAll(n.raw, `\\`, "  "), -1)
-		n.surrogate = slices.ContainsFunc(found, func(s string) bool { return len(s) == 4 })
+	n.raw = r.text[n.start:r.at]
+	if n.kind == '-' || '0' <= n.kind && n.kind <= '9' {
+		n.kind, n.str = '0', n.raw
 	}
 	return n
 }
 
-func (r *strictReader) members(n *node, depth int) {
-	if depth > maxJSONDepth {
-		r.fail(n.start, "is nested deeper than %d", maxJSONDepth)
-	}
-	seen := map[string]bool{}
-	for r.err == nil && r.decoder.More() {
-		at := r.next()
-		n.keyAt = append(n.keyAt, at)
+func (r *strictReader) members(n *node) {
+	end, seen := n.kind+2, map[string]bool{} // in ASCII the closing bracket stands two after the opening one
+	for r.at++; r.next() != end; {
 		if n.kind == '{' {
-			token, _ := r.decoder.Token()
-			key, _ := token.(string)
-			if seen[key] {
-				r.fail(at, "has the key %q twice", key)
+			at := r.at
+			_, key := r.string()
+			if seen[key] && r.err == nil {
+				r.err = errorAt(r.text, at, "has the key %q twice", key)
 			}
 			seen[key] = true
-			n.keys = append(n.keys, key)
+			n.keys, n.keyAt = append(n.keys, key), append(n.keyAt, at)
 		}
-		n.items = append(n.items, r.value(depth+1))
+		n.items = append(n.items, r.value())
 	}
-	r.decoder.Token() // the closing bracket
+	r.at++
 }
 
-// editList adds a value to the array section.name, or removes it wherever it stands there, and leaves every other byte alone.
-// If there is nothing to do, the data come back as they were.
-func editList(data []byte, key string, value any, remove bool) ([]byte, error) {
-	root, err := parseStrict(data)
-	if err != nil {
-		return nil, err
+// escapes finds pairs of surrogate escapes (12 bytes), half of one (6 bytes), and any other escape (2 bytes of it).
+var escapes = regexp.MustCompile(`(?i)\\(?:ud[89ab]..\\ud[c-f]..|ud[89a-f]..|.)`)
+
+// string reads a string, of kind '"' or 'u'.
+func (r *strictReader) string() (kind byte, text string) {
+	start := r.at
+	for r.at++; r.text[r.at] != '"'; r.at++ {
+		if r.text[r.at] == '\\' {
+			r.at++
+		}
 	}
-	var b bytes.Buffer
-	encoder := json.NewEncoder(&b)
-	encoder.SetEscapeHTML(false)
-	encoder.Encode(value) // a string or a rule, which always marshal
-	text := strings.TrimSpace(b.String())
-	want := (&node{raw: text}).plain()
+	r.at++
+	raw := r.text[start:r.at]
+	if !strings.Contains(raw, `\`) {
+		return '"', raw[1 : len(raw)-1]
+	}
+	json.Unmarshal([]byte(raw), &text) // it is valid
+	if slices.ContainsFunc(escapes.FindAllString(raw, -1), func(s string) bool { return len(s) == 6 }) {
+		return 'u', text
+	}
+	return '"', text
+}
+
+// editList adds a value to the list section.name, or removes it wherever it stands there, and leaves every other byte alone.
+// The text is that of settings that have loaded. If there is nothing to do, it comes back as it was.
+func editList(text, key string, value any, remove bool) string {
+	n, _ := parseStrict([]byte(text))
 	section, name, _ := strings.Cut(key, ".")
-	n, list := root.get(section), (*node)(nil)
-	if n != nil {
-		list = n.get(name)
+	member, at := string(marshal(value)), -1
+	if child := n.get(section); child == nil {
+		member = fmt.Sprintf("%q: { %q: [%s] }", section, name, member)
+	} else if n = child; n.get(name) == nil {
+		member = fmt.Sprintf("%q: [%s]", name, member)
+	} else {
+		n = n.get(name)
+		at = slices.IndexFunc(n.items, func(v *node) bool { return string(marshal(v.plain())) == member })
 	}
+	last := len(n.items) - 1
 	switch {
-	case root.kind != '{' || n != nil && n.kind != '{' || list != nil && list.kind != '[':
-		return nil, fmt.Errorf("%s is not an array", key)
-	case n == nil:
-		n, text = root, fmt.Sprintf("%q: { %q: [%s] }", section, name, text)
-	case list == nil:
-		text = fmt.Sprintf("%q: [%s]", name, text)
-	default:
-		n = list
+	case remove && at >= 0: // with the comma that set it apart
+		from, to := n.items[at].start, n.items[at].end()
+		if at < last {
+			to = n.items[at+1].start
+		} else if at > 0 {
+			from = n.items[at-1].end()
+		}
+		return editList(text[:from]+text[to:], key, value, true)
+	case !remove && at < 0: // set apart as the first is
+		end := n.start + 1
+		if last >= 0 {
+			first := len(text) - len(strings.TrimLeft(text[end:], " \t\r\n"))
+			member = "," + cmp.Or(text[end:first], " ") + member
+			end = n.items[last].end()
+		}
+		return text[:end] + member + text[end:]
 	}
-	at := slices.IndexFunc(n.items, func(v *node) bool { return reflect.DeepEqual(v.plain(), want) })
-	switch there := n == list && at >= 0; {
-	case remove && there:
-		return editList(cutItem(data, n, at), key, value, true)
-	case !remove && !there:
-		return appendItem(data, n, text), nil
-	}
-	return data, nil
-}
-
-// appendItem adds text to an array or object, set apart as the others are.
-func appendItem(data []byte, n *node, text string) []byte {
-	at, count := n.start+1, len(n.items)
-	switch {
-	case count > 1:
-		text = string(data[n.items[count-2].end():n.keyAt[count-1]]) + text
-	case count == 1:
-		text = "," + cmp.Or(string(data[at:n.keyAt[0]]), " ") + text
-	}
-	if count > 0 {
-		at = n.items[count-1].end()
-	}
-	return slices.Concat(data[:at], []byte(text), data[at:])
-}
-
-// cutItem removes one element with the comma that set it apart.
-func cutItem(data []byte, n *node, i int) []byte {
-	from, to := n.items[i].start, n.items[i].end()
-	if i > 0 {
-		from = n.items[i-1].end()
-	} else if len(n.items) > 1 {
-		to = n.items[1].start
-	}
-	return slices.Concat(data[:from], data[to:])
+	return text
 }
 
 // ---- settings
 
-// defaultSettings is what setup writes, the defaults (but that without exec.allow nothing is allowed), and the schema: what it
-// does not have is unknown.
+// defaultSettings is the defaults, and the schema: what it does not have is unknown. Setup writes it with one rule.
 const defaultSettings = `{
   "_comment": "What commands may run, and within which limits. The next request follows a change; aexec config shows what needs a restart.",
   "exec": {
-    "allow": ["aexec --version"],
+    "allow": [],
     "deny": [],
     "tests": { "allowed": [], "refused": [] },
     "cwd": "", "user": "",
@@ -302,33 +254,33 @@ func parseSettings(p paths, data []byte) (*settings, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !r.inFile["exec.allow"] {
-		r.nodes["exec.allow"] = &node{kind: '[', raw: "[]"}
-	}
 	ms := func(key string) time.Duration { return time.Duration(r.number(key, 1, dayMs)) * time.Millisecond }
 	s := &settings{
 		IPAllow: r.prefixes("ip.allow"), IPDeny: r.prefixes("ip.deny"),
-		Timeout: ms("timeoutMs"), KillGrace: ms("killGraceMs"), RateWindow: ms("rateLimit.windowMs"), RateMax: int(r.number("rateLimit.max", 0, 1<<30)),
+		Timeout: ms("timeoutMs"), KillGrace: ms("killGraceMs"),
+		RateWindow: ms("rateLimit.windowMs"), RateMax: int(r.number("rateLimit.max", 0, 1<<30)),
 		MaxOutputBytes: r.number("maxOutputBytes", 1, 1<<30), MaxStreamBytes: r.number("maxStreamBytes", 1, 1<<50),
 		MaxRequestBodyBytes: r.number("maxRequestBodyBytes", 1, 1<<26), MaxConcurrentExec: int(r.number("maxConcurrentExec", 1, 1<<12)),
 		AuditEnabled: r.nodes["audit.enabled"].kind == 't', AuditFile: cmp.Or(r.string("audit.file", absolutePath), p.audit),
-		PluginsMode: r.string("plugins.mode", pluginMode), PluginsEnabled: r.strings("plugins.enabled", r.nodes["plugins.enabled"], pluginNameForm),
-		PluginsDisabled: r.strings("plugins.disabled", r.nodes["plugins.disabled"], pluginNameForm), source: r,
+		PluginsMode: r.string("plugins.mode", pluginMode), PluginsEnabled: r.strings("plugins.enabled", r.nodes["plugins.enabled"], anyText),
+		PluginsDisabled: r.strings("plugins.disabled", r.nodes["plugins.disabled"], anyText), source: r,
 	}
 	e := &s.Exec
 	e.Allow, e.Deny = r.rules("exec.allow"), r.rules("exec.deny")
 	e.TestsAllowed, e.TestsRefused = r.rules("exec.tests.allowed"), r.rules("exec.tests.refused")
-	e.Cwd, e.User, e.NoNewPrivileges = r.string("exec.cwd", absolutePath), r.string("exec.user", anyText), r.nodes["exec.noNewPrivileges"].kind == 't'
-	e.EnvKeep, e.EnvSet = r.strings("exec.env.keep", r.nodes["exec.env.keep"], variablePattern), r.variables("exec.env.set")
+	e.Cwd, e.User = r.string("exec.cwd", absolutePath), r.string("exec.user", anyText)
+	e.NoNewPrivileges = r.nodes["exec.noNewPrivileges"].kind == 't'
+	e.EnvKeep, e.EnvSet = r.strings("exec.env.keep", r.nodes["exec.env.keep"], variable), r.variables("exec.env.set")
 	limit := func(name string, most int64) uint64 { return uint64(r.number("exec.limits."+name, 0, most)) }
 	e.Limits = rlimits{limit("cpuSeconds", 1<<31), limit("memoryBytes", 1<<50), limit("fileBytes", 1<<50),
 		limit("openFiles", 1<<30), limit("processes", 1<<30)}
 	return s, r.err
 }
 
-// compileSettings compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests.
+// compileSettings compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests,
+// where a string is split on single spaces.
 func compileSettings(set *settings, plugins []ruleSet) (*policy, error) {
-	r, off := set.source, func(plugin ruleSet) bool { return set.disabled(strings.TrimPrefix(plugin.Source, "plugin:")) }
+	r, off := set.source, func(plugin ruleSet) bool { return set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) }
 	own := ruleSet{Source: "settings.json", Allow: set.Exec.Allow, Deny: set.Exec.Deny}
 	compiled, err := compilePolicy(append([]ruleSet{own}, slices.DeleteFunc(slices.Clone(plugins), off)...))
 	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == own.Source {
@@ -337,26 +289,19 @@ func compileSettings(set *settings, plugins []ruleSet) (*policy, error) {
 	} else if err != nil {
 		return nil, err
 	}
-	r.tryTests(compiled, "exec.tests.allowed", set.Exec.TestsAllowed, true)
-	r.tryTests(compiled, "exec.tests.refused", set.Exec.TestsRefused, false)
-	return compiled, r.err
-}
-
-// tryTests holds the policy to commands of exec.tests, where a string is split on single spaces.
-func (r *settingsReader) tryTests(p *policy, key string, commands []ruleSpec, allowed bool) {
-	for i, c := range commands {
-		if c.Argv == nil {
-			c.Argv = strings.Split(c.Text, " ")
-		}
-		why := "no rule allows it"
-		_, d := p.decide(c.Argv)
-		if d.Rule != "" {
-			why = fmt.Sprintf("the %s rule %q of %s decides it", d.List, d.Rule, d.Source)
-		}
-		if d.Allowed != allowed {
-			r.fail(r.nodes[key].items[i].start, key, "%q is decided otherwise: %s", c.Argv, why)
+	tests := func(key string, commands []ruleSpec, allowed bool) {
+		for i, c := range commands {
+			if c.Argv == nil {
+				c.Argv = strings.Split(c.Text, " ")
+			}
+			if _, d := compiled.decide(c.Argv); d.Allowed != allowed {
+				r.fail(r.nodes[key].items[i].start, key, "%q is decided otherwise: %s", c.Argv, d.why())
+			}
 		}
 	}
+	tests("exec.tests.allowed", set.Exec.TestsAllowed, true)
+	tests("exec.tests.refused", set.Exec.TestsRefused, false)
+	return compiled, r.err
 }
 
 // disabled says whether a plugin is off.
@@ -383,55 +328,56 @@ func (s *settings) table() (rows []settingInfo) {
 	return rows
 }
 
-// settingsReader turns the nodes of a settings file into settings. The first error stays.
+// settingsReader turns the nodes of a settings file into settings. Its first error stays; it begins with FILE:LINE:COLUMN and the key.
 type settingsReader struct {
 	file, data string
 	nodes      map[string]*node // by dotted key: the file's value of each, else the default
-	inFile     map[string]bool
 	err        error
 }
 
 func (r *settingsReader) fail(at int, key, format string, args ...any) error {
 	if r.err == nil {
-		r.err = jsonErrorIn(r.file, newJSONError(r.data, at, "%s: %s", key, fmt.Sprintf(format, args...)))
+		r.err = fmt.Errorf("%s:%w", r.file, errorAt(r.data, at, "%s: %s", key, fmt.Sprintf(format, args...)))
 	}
 	return r.err
 }
 
 // readSettingNodes reads a settings file, a plugin's too, that may have what the defaults have.
 func readSettingNodes(file, defaults string, data []byte) (*settingsReader, error) {
-	r := &settingsReader{file: file, data: string(data), nodes: map[string]*node{}, inFile: map[string]bool{}}
+	r := &settingsReader{file: file, data: string(data), nodes: map[string]*node{}}
 	known, _ := parseStrict([]byte(defaults)) // a constant of ours
 	r.walk("", known, known)
-	clear(r.inFile)
+	for _, n := range r.nodes {
+		n.start = 0 // what is wrong with a value that the file does not have is wrong at its start
+	}
 	root, err := parseStrict(data)
 	if err != nil {
-		return nil, jsonErrorIn(file, err)
+		return nil, fmt.Errorf("%s:%w", file, err)
 	}
 	if root.kind != '{' {
-		return nil, r.fail(root.start, "settings", "is %s and must be an object", root.shown())
+		return nil, r.fail(root.start, "settings", "must be an object")
 	}
 	r.walk("", root, known)
 	return r, r.err
 }
 
+// inFile says whether the file has the setting, for none stands at its very start.
+func (r *settingsReader) inFile(key string) bool { return r.nodes[key].start > 0 }
+
 // walk takes over the members of n, and refuses those that the defaults do not know or that are of another type there.
 func (r *settingsReader) walk(prefix string, n, known *node) {
 	for i, key := range n.keys {
 		name, v, def := prefix+key, n.items[i], known.get(key)
-		like := slices.IndexFunc(known.keys, func(k string) bool { return strings.EqualFold(k, key) })
 		switch {
 		case strings.HasPrefix(key, "_"): // a comment
-		case def == nil && like >= 0:
-			r.fail(n.keyAt[i], strconv.Quote(name), "is not a setting: did you mean %q", known.keys[like])
 		case def == nil:
-			r.fail(n.keyAt[i], strconv.Quote(name), "is not a setting: remove it, or let it begin with _ as a comment")
-		case v.what() != def.what() && !(prefix == "ip." && (v.kind == '"' || v.kind == '[')):
-			r.fail(v.start, name, "is %s and must be %s", v.shown(), def.what())
+			r.fail(n.keyAt[i], strconv.Quote(name), "is not a setting: look at its case, or let it begin with _ as a comment")
+		case nodeKinds[v.kind] != nodeKinds[def.kind] && !(prefix == "ip." && (v.kind == '"' || v.kind == '[')):
+			r.fail(v.start, name, "must be %s", nodeKinds[def.kind])
 		case len(def.keys) > 0: // an object of ours; one without keys there takes any, as exec.env.set
 			r.walk(name+".", v, def)
 		default:
-			r.nodes[name], r.inFile[name] = v, true
+			r.nodes[name] = v
 		}
 	}
 }
@@ -443,35 +389,29 @@ type form struct {
 }
 
 var (
-	anyText         = form{regexp.MustCompile(`^[^\x00]*$`).MatchString, "a string (without NUL and lone surrogates)"}
-	absolutePath    = form{regexp.MustCompile(`^(/[^\x00]*)?$`).MatchString, "an absolute path, or empty"}
-	pluginMode      = form{regexp.MustCompile(`^(auto|explicit)$`).MatchString, `"auto" or "explicit"`}
-	pluginNameForm  = form{regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`).MatchString, "the name of a plugin: a-z, 0-9 and -"}
-	variableName    = variableForm(`^[^*=\x00]+$`, "the name of a variable")
-	variablePattern = variableForm(`^[^*=\x00]*[^=\x00]$`, "the name of a variable (a * may end it)")
+	anyText      = form{regexp.MustCompile(`^[^\x00]*$`).MatchString, "a string (without NUL and lone surrogates)"}
+	absolutePath = form{regexp.MustCompile(`^(/[^\x00]*)?$`).MatchString, "an absolute path, or empty"}
+	pluginMode   = form{regexp.MustCompile(`^(auto|explicit)$`).MatchString, `"auto" or "explicit"`}
+	variable     = form{regexp.MustCompile(`^[^*=\x00]*[^=\x00]$`).MatchString, "the name of a variable (a * may end it)"}
+	network      = form{func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *"}
 )
-
-// secretVariable names what no command ever gets.
-func secretVariable(name string) bool {
-	return name == "API_KEY" || strings.HasPrefix(name, "AGENT_EXEC_")
-}
-
-func variableForm(pattern, want string) form {
-	re := regexp.MustCompile(pattern)
-	return form{func(s string) bool { return re.MatchString(s) && !secretVariable(s) }, want + " other than API_KEY and AGENT_EXEC_..."}
-}
 
 // text reads the string v, which is the setting or one element of it.
 func (r *settingsReader) text(key string, v *node, f form) string {
-	if v.kind != '"' || v.surrogate || !f.ok(v.str) {
-		r.fail(v.start, key, "is %s and must be %s", v.shown(), f.want)
+	if v.kind != '"' || !f.ok(v.str) {
+		r.fail(v.start, key, "must be %s", f.want)
 	}
 	return v.str
 }
 
 func (r *settingsReader) string(key string, f form) string { return r.text(key, r.nodes[key], f) }
 
-func (r *settingsReader) strings(key string, n *node, f form) (list []string) {
+// strings reads an array, or the one string in its place where walk admits that.
+func (r *settingsReader) strings(key string, n *node, f form) []string {
+	if n.kind == '"' {
+		return []string{r.text(key, n, f)}
+	}
+	list := []string{}
 	for _, v := range n.items {
 		list = append(list, r.text(key, v, f))
 	}
@@ -480,13 +420,11 @@ func (r *settingsReader) strings(key string, n *node, f form) (list []string) {
 
 func (r *settingsReader) rules(key string) (list []ruleSpec) {
 	for _, v := range r.nodes[key].items {
-		rule := ruleSpec{}
 		if v.kind == '[' {
-			rule.Argv = append([]string{}, r.strings(key, v, anyText)...) // not nil even if empty: nil would make it a string rule
+			list = append(list, ruleSpec{Argv: r.strings(key, v, anyText)})
 		} else {
-			rule.Text = r.text(key, v, anyText)
+			list = append(list, ruleSpec{Text: r.text(key, v, anyText)})
 		}
-		list = append(list, rule)
 	}
 	return list
 }
@@ -495,7 +433,7 @@ func (r *settingsReader) variables(key string) map[string]string {
 	set, n := map[string]string{}, r.nodes[key]
 	for i, name := range n.keys {
 		if !strings.HasPrefix(name, "_") {
-			set[r.text(key, &node{kind: '"', start: n.keyAt[i], str: name}, variableName)] = r.text(key, n.items[i], anyText)
+			set[r.text(key, &node{kind: '"', start: n.keyAt[i], str: name}, variable)] = r.text(key, n.items[i], anyText)
 		}
 	}
 	return set
@@ -505,43 +443,40 @@ func (r *settingsReader) number(key string, least, most int64) int64 {
 	v := r.nodes[key]
 	i, err := strconv.ParseInt(v.str, 10, 64)
 	if err != nil || i < least || i > most {
-		r.fail(v.start, key, "is %s and must be a whole number from %d to %d", v.shown(), least, most)
-	} else if i > 0 && strings.HasPrefix(key, "exec.limits.") && runtime.GOOS != "linux" {
-		r.fail(v.start, key, "needs Linux: set it to 0")
+		r.fail(v.start, key, "must be a whole number from %d to %d", least, most)
 	}
 	return i
 }
 
-// prefixes reads an address, a network or *, or an array of them. A zone is refused; IPv4 within IPv6 becomes IPv4, as peers do.
 func (r *settingsReader) prefixes(key string) (list []netip.Prefix) {
-	n := r.nodes[key]
-	if n.kind == '"' {
-		n = &node{items: []*node{n}}
-	}
-	for _, v := range n.items {
-		text := r.text(key, v, anyText)
-		if text == "*" {
-			list, text = append(list, netip.PrefixFrom(netip.IPv4Unspecified(), 0)), "::/0"
-		}
-		if addr, err := netip.ParseAddr(text); err == nil {
-			text = fmt.Sprintf("%s/%d", addr, addr.BitLen())
-		}
-		prefix, err := netip.ParsePrefix(text)
-		if prefix.Addr().Is4In6() {
-			prefix = netip.PrefixFrom(prefix.Addr().Unmap(), prefix.Bits()-96)
-		}
-		if err != nil || !prefix.IsValid() {
-			r.fail(v.start, key, "is %s and must be addresses, networks like 10.0.0.0/8, or *", v.shown())
-		}
-		list = append(list, prefix.Masked())
+	for _, text := range r.strings(key, r.nodes[key], network) {
+		list = append(list, parseNetwork(text)...)
 	}
 	return list
+}
+
+// parseNetwork gives nothing for what is no address, network or *. A zone is refused; IPv4 within IPv6 becomes IPv4, as peers do.
+func parseNetwork(text string) []netip.Prefix {
+	if text == "*" {
+		return append(parseNetwork("0.0.0.0/0"), parseNetwork("::/0")...)
+	}
+	p, err := netip.ParsePrefix(text)
+	if addr, e := netip.ParseAddr(text); e == nil && addr.Zone() == "" {
+		p, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+	}
+	if p.Addr().Is4In6() {
+		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
+	}
+	if err != nil || !p.IsValid() {
+		return nil
+	}
+	return []netip.Prefix{p.Masked()}
 }
 
 // nodeStrings gives an array of strings, nil if it is something else or empty.
 func nodeStrings(n *node) (texts []string) {
 	for _, item := range n.items {
-		if n.kind != '[' || item.kind != '"' || item.surrogate {
+		if n.kind != '[' || item.kind != '"' {
 			return nil
 		}
 		texts = append(texts, item.str)

@@ -4,16 +4,16 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"reflect"
+	"regexp"
 	"strings"
 	"testing"
 	"unicode/utf8"
 )
 
 // strictReasons are the only ones for which the reader may refuse what encoding/json takes.
-var strictReasons = []string{"is not UTF-8", "twice", "nested deeper than 64", "more than 524288 values"}
+var strictReasons = regexp.MustCompile(`^(\d+):(\d+): (is not UTF-8|has the key .* twice|has more than 524288 commas)$`)
 
 var strictSeeds = []string{
 	`{"args":["aexec","--version"]}`, `{"args":["a"],"args":["b"]}`, `{"a":{"b":[1,-0.5e+9,true,false,null,"x"]}}`, ` [ ] `, `{}`, `""`, `0`, `null`,
@@ -41,7 +41,7 @@ func strictPlain(n *node) any {
 			object[n.keys[i]] = strictPlain(v)
 		}
 	}
-	return map[byte]any{'{': object, '[': list, '"': n.str, '0': json.Number(n.str), 't': true, 'f': false}[n.kind]
+	return map[byte]any{'{': object, '[': list, '"': n.str, 'u': n.str, '0': json.Number(n.str), 't': true, 'f': false}[n.kind]
 }
 
 // checkPlaces holds every node to its place: the bytes there are the value, the bytes at a key are the key.
@@ -51,9 +51,6 @@ func checkPlaces(t *testing.T, data []byte, n *node) {
 		t.Errorf("at %d to %d of %q stands %v, and the node says %v", n.start, n.end(), data, got, strictPlain(n))
 	}
 	for i, v := range n.items {
-		if n.kind == '[' && n.keyAt[i] != v.start {
-			t.Errorf("element %d of %q is said to be at %d", i, data, n.keyAt[i])
-		}
 		if n.kind == '{' {
 			var key string
 			if err := json.NewDecoder(bytes.NewReader(data[n.keyAt[i]:])).Decode(&key); err != nil || key != n.keys[i] {
@@ -82,11 +79,12 @@ func FuzzStrictJSON(f *testing.F) {
 			}
 			return
 		}
-		var e *jsonError
-		if !errors.As(err, &e) || e.Line < 1 || e.Col < 1 || e.Line > 1+bytes.Count(data, []byte("\n")) || e.Col > 1+len(data) {
-			t.Fatalf("%q: error %#v", data, err)
+		var line, column int
+		fmt.Sscanf(err.Error(), "%d:%d: ", &line, &column)
+		if line < 1 || column < 1 || line > 1+bytes.Count(data, []byte("\n")) || column > 1+len(data) {
+			t.Fatalf("%q: error %v", data, err)
 		}
-		if json.Valid(data) && !strings.Contains(strings.Join(strictReasons, "|"), e.Msg) && !strings.HasSuffix(e.Msg, "twice") && !strings.Contains(e.Msg, "nested") {
+		if json.Valid(data) && !strictReasons.MatchString(err.Error()) {
 			t.Fatalf("refuses %q for no named reason: %v", data, err)
 		}
 	})
@@ -97,7 +95,7 @@ func TestStrictErrors(t *testing.T) {
 	for _, c := range []string{
 		"", " ", "{", `{"a"`, `{"a":`, `{"a":1`, `{"a":1,}`, `{a:1}`, `{"a" 1}`, `{"a":1 "b":2}`, `[1,]`, `[1 2]`, `[1`, `["x`, `["\x"]`, `["\u12"]`, "[\"a\nb\"]", `[01]`, `[1.]`, `[-]`, `[+1]`, `[.5]`, `[1e]`,
 		`tru`, `nul`, `NaN`, `'a'`, `{}{}`, `{} x`, `{}` + "\x00", `{"a":1,"b":2,"a":3}`, "{\n  \"a\": {\n    \"x\": 1,\n    \"\\u0078\": 2\n  }\n}", "\ufeff{}", "[\"a\",\n\"\xff\"]", "{\n\"a\": [1,\n 2,\n ;]}",
-		strings.Repeat("[", 65) + strings.Repeat("]", 65), `{"a` + "\u202e" + `":1,"a` + "\u202e" + `":1}`, "// no\n{}", `{"a":1} // no`,
+		strings.Repeat("[", 10001) + strings.Repeat("]", 10001), `{"a` + "\u202e" + `":1,"a` + "\u202e" + `":1}`, "// no\n{}", `{"a":1} // no`,
 	} {
 		_, err := parseStrict([]byte(c))
 		if err == nil {
@@ -109,7 +107,7 @@ func TestStrictErrors(t *testing.T) {
 }
 
 func TestStrictAcceptsWhatIsLarge(t *testing.T) {
-	deep := strings.Repeat("[", maxJSONDepth) + strings.Repeat("]", maxJSONDepth)
+	deep := strings.Repeat("[", 10000) + strings.Repeat("]", 10000)
 	wide := "[" + strings.Repeat("1,", 1<<19-2) + "1]" // 1 MiB
 	var keys strings.Builder
 	for i := range 100_000 {
@@ -123,8 +121,8 @@ func TestStrictAcceptsWhatIsLarge(t *testing.T) {
 			t.Errorf("%d elements are left of half a million", len(n.items))
 		}
 	}
-	if _, err := parseStrict([]byte("[" + strings.Repeat("1,", 1<<19) + "1]")); err == nil || !strings.Contains(err.Error(), "more than 524288 values") {
-		t.Errorf("more than half a million values: %v", err)
+	if _, err := parseStrict([]byte("[" + strings.Repeat("1,", 1<<19+1) + "1]")); err == nil || !strings.Contains(err.Error(), "more than 524288 commas") {
+		t.Errorf("more than half a million commas: %v", err)
 	}
 }
 
@@ -135,8 +133,8 @@ func TestStrictSurrogates(t *testing.T) {
 		`"\ud7ff\ue000"`: false, `"\ud83d\ude00\ud83d\ude00"`: false, `"\ud83d\ude00\ude00"`: true, `"x"`: false, `"\udbff\udfff"`: false,
 	} {
 		n, err := parseStrict([]byte(text))
-		if err != nil || n.surrogate != lone || n.str != decodeJSON(t, []byte(text)) {
-			t.Errorf("%s: lone %v, %q, %v", text, n.surrogate, n.str, err)
+		if err != nil || (n.kind == 'u') != lone || n.str != decodeJSON(t, []byte(text)) {
+			t.Errorf("%s: kind %q, %q, %v", text, n.kind, n.str, err)
 		}
 	}
 }
@@ -150,9 +148,9 @@ func TestEditList(t *testing.T) {
 		{"empty", `{"exec":{"allow":[]}}`, "exec.allow", "x", false, `{"exec":{"allow":["x"]}}`},
 		{"empty with space", `{"exec":{"allow":[ ]}}`, "exec.allow", "x", false, `{"exec":{"allow":["x" ]}}`},
 		{"one", `{"exec":{"allow":["a"]}}`, "exec.allow", "x", false, `{"exec":{"allow":["a", "x"]}}`},
-		{"close together", `{"exec":{"allow":["a","b"]}}`, "exec.allow", "x", false, `{"exec":{"allow":["a","b","x"]}}`},
+		{"close together", `{"exec":{"allow":["a","b"]}}`, "exec.allow", "x", false, `{"exec":{"allow":["a","b", "x"]}}`},
 		{"one a line", "{\"exec\":{\"allow\":[\n    \"a\"\n  ]}}", "exec.allow", "x", false, "{\"exec\":{\"allow\":[\n    \"a\",\n    \"x\"\n  ]}}"},
-		{"leading commas", "{\"exec\":{\"allow\":[ \"a\"\n , \"b\"\n]}}", "exec.allow", "x", false, "{\"exec\":{\"allow\":[ \"a\"\n , \"b\"\n , \"x\"\n]}}"},
+		{"leading commas", "{\"exec\":{\"allow\":[ \"a\"\n , \"b\"\n]}}", "exec.allow", "x", false, "{\"exec\":{\"allow\":[ \"a\"\n , \"b\", \"x\"\n]}}"},
 		{"no list", "{\n  \"exec\": {\n    \"cwd\": \"/\"\n  }\n}", "exec.allow", "x", false, "{\n  \"exec\": {\n    \"cwd\": \"/\",\n    \"allow\": [\"x\"]\n  }\n}"},
 		{"no exec", "{\n\t\"ip\": {} }", "exec.deny", "x", false, "{\n\t\"ip\": {},\n\t\"exec\": { \"deny\": [\"x\"] } }"},
 		{"nothing", `{}`, "exec.allow", "x", false, `{"exec": { "allow": ["x"] }}`},
@@ -167,15 +165,8 @@ func TestEditList(t *testing.T) {
 		{"remove from no list", `{}`, "exec.allow", "x", true, ""},
 		{"comments stay", `{"_a":["x"],"exec":{"_allow":["x"],"allow":["x"]}}`, "exec.allow", "x", true, `{"_a":["x"],"exec":{"_allow":["x"],"allow":[]}}`},
 	} {
-		got, err := editList([]byte(c.before), c.key, c.value, c.remove)
-		want := cmp.Or(c.after, c.before)
-		if err != nil || string(got) != want {
-			t.Errorf("%s: error %v, got\n%s\nwant\n%s", c.name, err, got, want)
-		}
-	}
-	for _, bad := range []string{`{"exec":{"allow":"x"}}`, `{"exec":[]}`, `[]`, `{"exec":null}`, `{`, `{"exec":{"allow":[]},"exec":{}}`} {
-		if got, err := editList([]byte(bad), "exec.allow", "x", false); err == nil {
-			t.Errorf("%s was edited: %s", bad, got)
+		if got, want := editList(c.before, c.key, c.value, c.remove), cmp.Or(c.after, c.before); got != want {
+			t.Errorf("%s: got\n%s\nwant\n%s", c.name, got, want)
 		}
 	}
 }
@@ -186,11 +177,14 @@ func FuzzEditList(f *testing.F) {
 	f.Add("{\"exec\":{\n\"allow\": [ ]}}", "\x00")
 	f.Add(`{"a":[{"b":[]}]}`, "")
 	f.Fuzz(func(t *testing.T, text, value string) {
-		added, err := editList([]byte(text), "exec.allow", value, false)
-		if err != nil || string(added) == text || !utf8.ValidString(value) {
+		if _, err := parseSettings(paths{}, []byte(text)); err != nil || !utf8.ValidString(value) {
 			return
 		}
-		n, err := parseStrict(added)
+		added := editList(text, "exec.allow", value, false)
+		if added == text {
+			return
+		}
+		n, err := parseStrict([]byte(added))
 		if err != nil {
 			t.Fatalf("%q with %q became %q: %v", text, value, added, err)
 		}
@@ -198,10 +192,10 @@ func FuzzEditList(f *testing.F) {
 		if last := list.items[len(list.items)-1]; last.str != value {
 			t.Fatalf("%q with %q became %q", text, value, added)
 		}
-		removed, err := editList(added, "exec.allow", value, true)
+		removed := editList(added, "exec.allow", value, true)
 		before, _ := parseStrict([]byte(text))
-		if exec := before.get("exec"); err != nil || exec != nil && exec.get("allow") != nil && string(removed) != text {
-			t.Fatalf("%q became %q and back %q: %v", text, added, removed, err)
+		if exec := before.get("exec"); exec != nil && exec.get("allow") != nil && removed != text {
+			t.Fatalf("%q became %q and back %q", text, added, removed)
 		}
 	})
 }
