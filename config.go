@@ -177,8 +177,12 @@ func readEnvFile(p paths) (map[string]string, error) {
 	return values, nil
 }
 
-// newKeyText is 260 random bits, in base 32.
-func newKeyText() string { return rand.Text() + rand.Text() }
+// newKeyText is 256 random bits.
+func newKeyText() string {
+	random := make([]byte, 32)
+	rand.Read(random) // never fails: it ends the process instead
+	return fmt.Sprintf("%x", random)
+}
 
 // rotateKey puts a new key into .env and keeps the rest; a crash leaves the old or the new.
 func rotateKey(p paths) (*apiKey, error) {
