@@ -418,7 +418,7 @@ func cliPluginList(t *terminal) error {
 
 func cliPluginEdit(t *terminal) error {
 	name, action := t.flags["name"], strings.TrimPrefix(t.command, "plugin ")
-	if err := editPlugin(t.paths, name, action); err != nil {
+	if err := editPlugin(t.paths, t.settings, name, action); err != nil {
 		return err
 	}
 	done := map[string]string{"enable": "enabled, from the next start on", "disable": "disabled, at once; a restart unloads it for good",

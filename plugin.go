@@ -110,6 +110,11 @@ func surveyPlugins(p paths, s *settings) (plugins []*plugin, problems []pluginPr
 		}
 		plugins = append(plugins, pl)
 	}
+	for _, name := range s.PluginsEnabled {
+		if s.PluginsMode == "explicit" && !slices.Contains(names, name) { // its deny rules would be missing
+			problems = append(problems, pluginProblem{name, filepath.Join(p.plugins, name) + " is not there, but plugins.enabled names it", s.disabled(name)})
+		}
+	}
 	return plugins, problems
 }
 
@@ -358,13 +363,18 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 }
 
 // editPlugin enables, disables or removes a plugin. What is broken would keep the server from starting, and is not enabled.
-func editPlugin(p paths, name, action string) error {
+func editPlugin(p paths, s *settings, name, action string) error {
 	dir := filepath.Join(p.plugins, name)
 	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || checkPluginName(name) != nil {
 		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
 	}
 	switch action {
 	case "remove":
+		if slices.Contains(s.PluginsEnabled, name) && !s.disabled(name) { // the next start would miss it
+			if err := editPluginState(p, name, false); err != nil {
+				return err
+			}
+		}
 		return os.RemoveAll(dir) // never what a link leads to
 	case "enable":
 		if _, err := readPlugin(p, name); err != nil {
@@ -425,13 +435,20 @@ func createPlugin(p paths, o pluginOrder, probe func(argv []string) outcome) (pl
 		"{REQUESTS}\n", cmp.Or(requests, "None yet: the operator adds rules to `exec.allow` in this plugin's `settings.json`.\n"),
 		"{HELP}", texts[0], "{VERSION}", texts[1])
 	o.Settings = fill.Replace(parts[2])
-	if err = os.RemoveAll(dir); err == nil {
-		err = os.MkdirAll(filepath.Join(dir, "references"), 0o700)
+	fresh := filepath.Join(p.plugins, ".new-"+o.Name) // not loaded, so that a crash leaves no half plugin
+	if err = os.RemoveAll(fresh); err == nil {
+		err = os.MkdirAll(filepath.Join(fresh, "references"), 0o700)
 	}
 	for file, text := range map[string]string{"SKILL.md": parts[0], "references/usage.md": parts[1], "settings.json": parts[2]} {
 		if err == nil {
-			err = os.WriteFile(filepath.Join(dir, file), []byte(fill.Replace(text)), 0o600)
+			err = os.WriteFile(filepath.Join(fresh, file), []byte(fill.Replace(text)), 0o600)
 		}
+	}
+	if err == nil {
+		err = os.RemoveAll(dir)
+	}
+	if err == nil {
+		err = os.Rename(fresh, dir)
 	}
 	return o, err
 }

@@ -387,7 +387,8 @@ func TestPluginsEnabled(t *testing.T) {
 		{"explicit", "c a", "", "a c", ""},
 		{"explicit", "c a", "a", "c", ""},
 		{"explicit", "a a2", "", "a", "a2"},
-		{"explicit", "a none ../plugins/b", "", "a", ""},
+		{"explicit", "a none ../plugins/b", "", "a", "none ../plugins/b"},
+		{"explicit", "a none", "none", "a", ""},
 		{"auto", "", "a2", "a b c", "broken"},
 	} {
 		s := &settings{PluginsMode: c.mode, PluginsEnabled: strings.Fields(c.enabled), PluginsDisabled: strings.Fields(c.disabled)}
@@ -847,7 +848,7 @@ func TestCreatePluginOverALink(t *testing.T) {
 	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, probe); err == nil || !strings.Contains(err.Error(), "--force") {
 		t.Errorf("over a link: %v", err)
 	}
-	if err := editPlugin(p, "x", "remove"); err == nil {
+	if err := editPlugin(p, &settings{}, "x", "remove"); err == nil {
 		t.Error("a link is removed as if it were a plugin")
 	}
 	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill", Force: true}, probe); err != nil {
@@ -976,23 +977,23 @@ func TestEnableDisableRemove(t *testing.T) {
 		pluginMust(t, err)
 		return s
 	}
-	pluginMust(t, editPlugin(p, "twin", "disable"))
-	pluginMust(t, editPlugin(p, "broken", "disable"))
-	pluginMust(t, editPlugin(p, "b", "disable"))
+	pluginMust(t, editPlugin(p, &settings{}, "twin", "disable"))
+	pluginMust(t, editPlugin(p, &settings{}, "broken", "disable"))
+	pluginMust(t, editPlugin(p, &settings{}, "b", "disable"))
 	if s := read(); !slices.Equal(s.PluginsDisabled, []string{"twin", "broken", "b"}) {
 		t.Errorf("disabled %q", s.PluginsDisabled)
 	}
-	pluginMust(t, editPlugin(p, "b", "enable"))
+	pluginMust(t, editPlugin(p, &settings{}, "b", "enable"))
 	for _, name := range []string{"broken", "none", "", "../config/plugins/a", "/etc", "a/../a", ".."} {
-		if err := editPlugin(p, name, "enable"); err == nil {
+		if err := editPlugin(p, &settings{}, name, "enable"); err == nil {
 			t.Errorf("%q is enabled", name)
 		}
 	}
 	for _, name := range []string{"none", "", "..", "../plugins", "../outside", "/etc", "a/..", "a/SKILL.md", "."} {
-		if editPlugin(p, name, "disable") == nil {
+		if editPlugin(p, &settings{}, name, "disable") == nil {
 			t.Errorf("%q is disabled", name)
 		}
-		if editPlugin(p, name, "remove") == nil {
+		if editPlugin(p, &settings{}, name, "remove") == nil {
 			t.Errorf("%q is removed", name)
 		}
 	}
@@ -1004,7 +1005,7 @@ func TestEnableDisableRemove(t *testing.T) {
 	pluginMust(t, os.MkdirAll(outside, 0o700))
 	pluginMust(t, os.WriteFile(filepath.Join(outside, "precious"), nil, 0o600))
 	pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, "a/link")))
-	pluginMust(t, editPlugin(p, "a", "remove"))
+	pluginMust(t, editPlugin(p, &settings{}, "a", "remove"))
 	if _, err := os.Stat(filepath.Join(outside, "precious")); err != nil {
 		t.Error(err)
 	}
@@ -1014,7 +1015,7 @@ func TestEnableDisableRemove(t *testing.T) {
 	}
 	// In explicit mode a plugin that is gone must not keep the server from starting.
 	pluginMust(t, os.WriteFile(p.settings, []byte(`{"plugins":{"mode":"explicit","enabled":["b"]}}`), 0o600))
-	pluginMust(t, editPlugin(p, "b", "remove"))
+	pluginMust(t, editPlugin(p, read(), "b", "remove"))
 	if loaded, problems := loadPlugins(p, read()); len(loaded) != 0 || pluginErrors(problems) != nil {
 		t.Errorf("after the removal: %v, %+v", loaded, problems)
 	}
