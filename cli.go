@@ -448,7 +448,7 @@ func (t *terminal) warnings() []string {
 }
 
 func problemText(p pluginProblem) string {
-	return fmt.Sprintf("%s in plugin %q: %q: %s", pick(p.Warning, "warning", "error"), p.Plugin, p.File, p.Message)
+	return fmt.Sprintf("%s in plugin %q: %s", pick(p.Warning, "warning", "error"), p.Plugin, p.Message)
 }
 
 // pluginErrors is what of the problems keeps a server from starting.

@@ -404,34 +404,27 @@ func cliAuditVerify(t *terminal) error {
 // ---- plugins
 
 func cliPluginList(t *terminal) error {
-	infos := surveyPlugins(t.paths, t.settings, true)
+	infos, _ := surveyPlugins(t.paths, t.settings)
 	last := pick(len(infos) > 0, "", "no plugins\thint: aexec plugin create --name NAME --command C")
 	return showList(t, false, infos, last, func(i *plugin) string {
-		state := pick(i.Enabled, "enabled", "disabled") + pick(i.usable(), "", ", broken")
+		state := pick(i.Enabled, "enabled", "disabled") + pick(i.Broken, ", broken", "")
 		return fmt.Sprintf("%q\t%s\t%s\t%q\t%q", i.Name, i.Type, state, i.Command, i.Description)
 	})
 }
 
-func cliPluginEdit(t *terminal) (err error) {
-	name, done := t.flags["name"], ""
-	switch t.command {
-	case "plugin enable":
-		done, err = "enabled, from the next start on", enablePlugin(t.paths, t.settings, name)
-	case "plugin disable":
-		done, err = "disabled, at once; a restart unloads it for good", disablePlugin(t.paths, name)
-	case "plugin remove":
-		done, err = "removed; a restart unloads it for good", removePlugin(t.paths, t.settings, name)
-	}
-	if err != nil {
+func cliPluginEdit(t *terminal) error {
+	name, action := t.flags["name"], strings.TrimPrefix(t.command, "plugin ")
+	if err := editPlugin(t.paths, t.settings, name, action); err != nil {
 		return err
 	}
-	return t.say("plugin %q: %s", name, done)
+	done := map[string]string{"enable": "enabled, from the next start on", "disable": "disabled, at once; a restart unloads it for good",
+		"remove": "removed; a restart unloads it for good"}
+	return t.say("plugin %q: %s", name, done[action])
 }
 
 func cliPluginDoctor(t *terminal) error {
-	problems := doctorPlugins(t.paths, t.settings)
-	bad := slices.ContainsFunc(problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
-	return showList(t, bad, problems, fmt.Sprintf("%d found", len(problems)), problemText)
+	bad := slices.ContainsFunc(t.problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
+	return showList(t, bad, t.problems, fmt.Sprintf("%d found", len(t.problems)), problemText)
 }
 
 // cliPluginMake is plugin create and starterkit: each tool is asked about itself, and its settings are shown for review.
@@ -454,11 +447,14 @@ func cliPluginMake(t *terminal) error {
 		}
 	}
 	probe := toolProbe(context.Background(), r, t.snap)
-	if t.command == "starterkit" {
-		starterKit(t.paths, t.settings, t.args, t.on("force"), probe, progress)
-	} else {
+	if t.command == "plugin create" {
 		o := pluginOrder{Name: t.flags["name"], Command: t.flags["command"], Type: cmp.Or(t.flags["type"], "skill"), Force: t.on("force")}
-		progress(createPlugin(t.paths, t.settings, o, false, probe))
+		progress(createPlugin(t.paths, o, probe))
+	} else if len(t.args) == 0 {
+		t.args = strings.Fields(starterTools)
+	}
+	for _, name := range t.args {
+		progress(createPlugin(t.paths, pluginOrder{Name: name, Command: name, Type: "skill", Force: t.on("force"), MustBe: true}, probe))
 	}
 	t.say("%d plugins made%s", written, pick(written > 0, "; review their rules, then: aexec restart", ""))
 	return err

@@ -251,7 +251,7 @@ func TestCreateConfig(t *testing.T) {
 		t.Errorf("something else is left: %v, %v", entries, err)
 	}
 	s, err := loadStartup(p, startupFlags{})
-	if err != nil || !s.enabled || len(s.key.text) != 52 || s.host != "127.0.0.1" || s.port != 3333 || s.allowQueryKey {
+	if err != nil || !s.enabled || len(s.key.text) != 64 || s.host != "127.0.0.1" || s.port != 3333 || s.allowQueryKey {
 		t.Errorf("made %+v with a key of %d characters, %v", s, len(s.key.text), err)
 	}
 	env := configRead(t, p.env)

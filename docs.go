@@ -15,7 +15,7 @@ import (
 	"strings"
 )
 
-//go:embed skills/*/SKILL.md skills/_root.md skills/_errors.txt
+//go:embed skills/*/SKILL.md skills/_root.md skills/_plugin.md skills/_errors.txt
 var skillFiles embed.FS
 
 // document is one of the texts that an agent reads.

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -88,14 +87,14 @@ func (c *call) exec() (e *apiError) {
 }
 
 // pluginRoute runs what a plugin's own route leads to.
-func (c *call) pluginRoute(p *plugin, rt pluginRoute) *apiError {
+func (c *call) pluginRoute(p *plugin, template []string) *apiError {
 	if c.snap.disabled(p.Name) {
 		return newError("not_found")
 	}
 	if c.r.ContentLength != 0 {
 		return newError("unexpected_field").because("This route takes no body.")
 	}
-	argv, err := rt.routeArgv(c.r.PathValue)
+	argv, err := routeArgv(template, c.r.PathValue)
 	if err != nil {
 		return newError("invalid_args").because("The path cannot be made a command: %v.", err)
 	}
@@ -174,7 +173,7 @@ func (c *call) hook(j *job, which string) (hookOutput, *apiError) {
 	if err := json.Unmarshal([]byte(c.s.redact(string(marshal(in)))), &told); err != nil {
 		return hookOutput{}, newError("internal")
 	}
-	answer, err := p.runHook(c.r.Context(), which, told, func(_ context.Context, what approved, stdin []byte) outcome {
+	answer, err := p.runHook(which, told, func(what approved, stdin []byte) outcome {
 		return c.audited(&job{args: what.argv, sent: what.argv, what: what, plugin: p}, stdin)
 	})
 	switch {
@@ -186,8 +185,8 @@ func (c *call) hook(j *job, which string) (hookOutput, *apiError) {
 		c.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", c.id, which, p.Name, c.s.redact(err.Error()))
 		return answer, newError("plugin_" + which + "_error")
 	case answer.Error != nil:
-		answer.Error.Hint = "The plugin " + p.Name + " answered so; read its document."
-		return answer, answer.Error
+		e, hint := answer.Error, "The plugin "+p.Name+" answered so; read its document."
+		return answer, &apiError{status: e.Status, Code: e.Code, Message: e.Message, Hint: hint}
 	}
 	return answer, nil
 }

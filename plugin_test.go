@@ -61,15 +61,21 @@ func pluginWrite(t testing.TB, p paths, name, settings string, more map[string]s
 	return dir
 }
 
-// pluginProblems are the messages about one plugin that are not warnings, each behind its file's place within the directory.
+// pluginProblems are the messages about one plugin, each from its file's place within the directory on.
 func pluginProblems(p paths, problems []pluginProblem, name string, warnings bool) string {
 	var said []string
 	for _, problem := range problems {
 		if problem.Plugin == name && problem.Warning == warnings {
-			said = append(said, strings.TrimPrefix(problem.File, p.plugins+"/")+": "+problem.Message)
+			said = append(said, strings.TrimPrefix(strings.TrimPrefix(problem.Message, "open "), p.plugins+"/"))
 		}
 	}
 	return strings.Join(said, "\n")
+}
+
+// pluginDoctor is what plugin doctor says, and nothing else.
+func pluginDoctor(p paths, s *settings) []pluginProblem {
+	_, problems := loadPlugins(p, s)
+	return problems
 }
 
 const pluginExec = `{"plugin":{"type":"exec","command":"tool","apiVersion":1%s},"exec":{"allow":["tool --version"]}}`
@@ -99,8 +105,8 @@ func TestPluginLoads(t *testing.T) {
 		t.Errorf("rules %v, want %v", got, want)
 	}
 	worker := loaded[2]
-	if want := []pluginRoute{{"GET /api/command/worker/status", []string{"g++", "--version"}},
-		{"POST /api/command/worker/show/{id}/{how}", []string{"g++", "show", "{id}", "{how}", "{}"}}}; !reflect.DeepEqual(worker.routes, want) {
+	if want := map[string][]string{"GET /api/command/worker/status": {"g++", "--version"},
+		"POST /api/command/worker/show/{id}/{how}": {"g++", "show", "{id}", "{how}", "{}"}}; !reflect.DeepEqual(worker.routes, want) {
 		t.Errorf("routes %q", worker.routes)
 	}
 	if worker.before != "hooks/before" || worker.after != "hooks/x/after" {
@@ -108,9 +114,6 @@ func TestPluginLoads(t *testing.T) {
 	}
 	if loaded[3].Description != "A tool to try plugins with." {
 		t.Errorf("description %q", loaded[3].Description)
-	}
-	if problems := doctorPlugins(p, &settings{}); len(problems) != 0 {
-		t.Errorf("the doctor's problems: %+v", problems)
 	}
 }
 
@@ -157,37 +160,36 @@ func TestInvalidPlugins(t *testing.T) {
 		{`{"plugin":{"type":"","command":"tool"}}`, `plugin.type: must be`},
 		{`{"plugin":{"type":"system","command":"tool"}}`, `:1:19: plugin.type: must be skill, exec or trusted (system is reserved)`},
 		{with(`,"invoke":"shell"`), `plugin.invoke: must be exec or run`},
-		{with(`,"invoke":"run"`), `plugin.invoke: "run" goes with "type":"trusted" only`},
+		{with(`,"invoke":"run"`), `"invoke":"run" goes with "type":"trusted" only`},
 		{`{"plugin":{"invoke":"run"}}`, `"type":"trusted" only`},
 		{`{"plugin":{"apiVersion":2}}`, ":1:25: plugin.apiVersion: "},
 		{`{"plugin":{"apiVersion":1.0}}`, "plugin.apiVersion: "},
 		{`{"plugin":{"apiVersion":"1"}}`, `plugin.apiVersion: must be a number`},
-		{`{"plugin":{"type":"exec"}}`, ":1:1: plugin.command: missing command"},
-		{`{"plugin":{"type":"trusted","command":""}}`, "plugin.command: missing command"},
-		{`{"plugin":{"command":""}}`, "plugin.command: missing command"},
-		{`{"exec":{"allow":["*"]}}`, "plugin.command: missing command"},
-		{`{"plugin":{"command":"exec"}}`, `:1:22: plugin.command: the command "exec" is reserved`},
+		{`{"plugin":{"type":"exec"}}`, "missing plugin.command"},
+		{`{"plugin":{"type":"trusted","command":""}}`, "missing plugin.command"},
+		{`{"exec":{"allow":["*"]}}`, "missing plugin.command"},
+		{`{"plugin":{"command":"exec"}}`, `the command "exec" is reserved`},
 		{`{"plugin":{"command":"aexec"}}`, "is reserved"},
 		{`{"plugin":{"command":"ae"}}`, "is reserved"},
-		{`{"plugin":{"command":"/bin/sh"}}`, `"/bin/sh" cannot be a plugin's command`},
-		{`{"plugin":{"command":"my tool"}}`, "cannot be a plugin's command"},
-		{`{"plugin":{"command":".."}}`, "cannot be a plugin's command"},
-		{`{"plugin":{"command":"-x"}}`, "cannot be a plugin's command"},
-		{`{"plugin":{"command":"t*"}}`, "cannot be a plugin's command"},
-		{`{"plugin":{"command":"t\n"}}`, "cannot be a plugin's command"},
+		{`{"plugin":{"command":"/bin/sh"}}`, `:1:22: plugin.command: must be one word`},
+		{`{"plugin":{"command":"my tool"}}`, "must be one word of"},
+		{`{"plugin":{"command":".."}}`, "must be one word of"},
+		{`{"plugin":{"command":"-x"}}`, "must be one word of"},
+		{`{"plugin":{"command":"t*"}}`, "must be one word of"},
+		{`{"plugin":{"command":"t\n"}}`, "must be one word of"},
 		{`{"plugin":{"command":"to\u0000l"}}`, "plugin.command: "},
-		{"{\"plugin\":{\"command\":\"tool\"},\n\"exec\":{\"allow\":[\"tool\",\n  \"other -v\"]}}", ":3:3: exec.allow: rule \"other -v\": "},
-		{`{"plugin":{"command":"tool"},"exec":{"allow":["*"]}}`, `rule "*": `},
-		{`{"plugin":{"command":"tool"},"exec":{"allow":["tool*"]}}`, `rule "tool*": `},
+		{"{\"plugin\":{\"command\":\"tool\"},\n\"exec\":{\"allow\":[\"tool\",\n  \"other -v\"]}}", "rule \"other -v\" in exec.allow of plugin:bad: "},
+		{`{"plugin":{"command":"tool"},"exec":{"allow":["*"]}}`, `rule "*" in exec.allow of plugin:bad: `},
+		{`{"plugin":{"command":"tool"},"exec":{"allow":["tool*"]}}`, `rule "tool*" in exec.allow of plugin:bad: `},
 		{`{"plugin":{"command":"tool"},"exec":{"allow":["/tool x/"]}}`, "rule "},
 		{`{"plugin":{"command":"tool"},"exec":{"allow":[["/^.*$/","x"]]}}`, "rule "},
 		{`{"plugin":{"command":"tool"},"exec":{"allow":[["*","..."]]}}`, "rule "},
 		{`{"plugin":{"command":"tool"},"exec":{"allow":[[]]}}`, "rule "},
 		{`{"plugin":{"command":"tool"},"exec":{"allow":[7]}}`, ":1:47: exec.allow: "},
-		{`{"plugin":{"command":"tool"},"exec":{"deny":["/(/"]}}`, ":1:46: exec.deny: "},
+		{`{"plugin":{"command":"tool"},"exec":{"deny":["/(/"]}}`, `rule "/(/" in exec.deny of plugin:bad: `},
 		{`{"plugin":{"command":"tool"},"exec":{"deny":"tool"}}`, `exec.deny: must be an array`},
 		{`{"plugin":{"command":"tool","before":"hooks/ok"}}`, "a skill plugin has neither hooks nor routes"},
-		{`{"plugin":{"command":"tool","routes":{}}}`, "a skill plugin has neither hooks nor routes"},
+		{`{"plugin":{"command":"tool","routes":{"GET /x":["tool"]}}}`, "a skill plugin has neither hooks nor routes"},
 		{with(`,"before":"/bin/sh"`), `plugin.before: must be a path inside`},
 		{with(`,"before":"../good/hooks/ok"`), "must be a path inside"},
 		{with(`,"after":"hooks/../../good/hooks/ok"`), "must be a path inside"},
@@ -197,7 +199,7 @@ func TestInvalidPlugins(t *testing.T) {
 		{with(`,"after":"hooks/ok\n"`), "must be a path inside"},
 		{with(`,"before":"hooks/none"`), "hooks/none: "},
 		{with(`,"before":"hooks"`), "/hooks is not a regular file"},
-		{with(`,"before":"SKILL.md"`), "it is not executable"},
+		{with(`,"before":"SKILL.md"`), "is not executable"},
 		{with(`,"before":"hooks/ok/x"`), "hooks/ok/x: "},
 		{with(`,"routes":["GET /x"]`), "plugin.routes: must be an object"},
 		{with(`,"routes":{"GET /x":"tool"}`), `the route "GET /x" cannot be used`},
@@ -205,14 +207,14 @@ func TestInvalidPlugins(t *testing.T) {
 		{with(`,"routes":{"GET /x":[]}`), `the route "GET /x" cannot be used`},
 		{with(`,"routes":{"GET /x":[""]}`), "cannot be used"},
 		{with(`,"routes":{"GET /x":["tool","a\u0000"]}`), "cannot be used"},
-		{with(`,"routes":{"/x":["tool"]}`), "write METHOD /path, with a method of GET"},
-		{with(`,"routes":{"get /x":["tool"]}`), "write METHOD /path, with a method of GET"},
-		{with(`,"routes":{"HEAD /x":["tool"]}`), "write METHOD /path, with a method of GET"},
-		{with(`,"routes":{"CONNECT /x":["tool"]}`), "write METHOD /path, with a method of GET"},
-		{with(`,"routes":{"GET x":["tool"]}`), "write METHOD /path, with a method of GET"},
-		{with(`,"routes":{"GET":["tool"]}`), "write METHOD /path, with a method of GET"},
-		{with(`,"routes":{"GET example.org/x":["tool"]}`), "write METHOD /path, with a method of GET"},
-		{with(`,"routes":{"GET  /x":["tool"]}`), "write METHOD /path, with a method of GET"},
+		{with(`,"routes":{"/x":["tool"]}`), `write "METHOD /path": ["command", ...]`},
+		{with(`,"routes":{"get /x":["tool"]}`), `write "METHOD /path": ["command", ...]`},
+		{with(`,"routes":{"HEAD /x":["tool"]}`), `write "METHOD /path": ["command", ...]`},
+		{with(`,"routes":{"CONNECT /x":["tool"]}`), `write "METHOD /path": ["command", ...]`},
+		{with(`,"routes":{"GET x":["tool"]}`), `write "METHOD /path": ["command", ...]`},
+		{with(`,"routes":{"GET":["tool"]}`), `write "METHOD /path": ["command", ...]`},
+		{with(`,"routes":{"GET example.org/x":["tool"]}`), `write "METHOD /path": ["command", ...]`},
+		{with(`,"routes":{"GET  /x":["tool"]}`), `write "METHOD /path": ["command", ...]`},
 		{with(`,"routes":{"GET /":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /x/":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /x//y":["tool"]}`), "segments of plain text or {name}"},
@@ -239,7 +241,7 @@ func TestInvalidPlugins(t *testing.T) {
 		if len(loaded) != 1 || loaded[0].Name != "good" || pluginProblems(p, problems, "good", false) != "" {
 			t.Errorf("%s: loaded %v, problems %+v", c.settings, loaded, problems)
 		}
-		if doctor := doctorPlugins(p, &settings{}); pluginProblems(p, doctor, "bad", false) == "" || pluginProblems(p, doctor, "good", false) != "" {
+		if doctor := pluginDoctor(p, &settings{}); pluginProblems(p, doctor, "bad", false) == "" || pluginProblems(p, doctor, "good", false) != "" {
 			t.Errorf("%s: the doctor says %+v", c.settings, doctor)
 		}
 	}
@@ -247,13 +249,13 @@ func TestInvalidPlugins(t *testing.T) {
 
 func TestPluginNames(t *testing.T) {
 	for _, name := range []string{"a", "0", "my-tool", "a-", strings.Repeat("a", 200)} {
-		if err := checkPluginWord("name", name, pluginNameChars); err != nil {
+		if err := checkPluginName(name); err != nil {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
 	bad := append(strings.Fields(reservedPluginWords), "-a", "Tool", "a_b", "a.b", "ä", "a b", "..", "a/b", "a\n", "")
 	for _, name := range bad {
-		if err := checkPluginWord("name", name, pluginNameChars); err == nil {
+		if err := checkPluginName(name); err == nil {
 			t.Errorf("%q is admitted", name)
 		}
 	}
@@ -305,32 +307,32 @@ func TestPluginStrictModes(t *testing.T) {
 	}{
 		"directory group-writable":     {chmod(0o770, ""), "mode 0770"},
 		"directory world-writable":     {chmod(0o702, ""), "mode 0702"},
-		"settings group-writable":      {chmod(0o660, "settings.json"), "settings.json: "},
-		"SKILL.md world-writable":      {chmod(0o602, "SKILL.md"), "SKILL.md: "},
-		"hook group-writable":          {chmod(0o770, "hooks/before"), "hooks/before: "},
-		"hooks/ world-writable":        {chmod(0o707, "hooks"), "hooks/before: "},
-		"references/ group-writable":   {chmod(0o770, "references"), "references/a.md: "},
+		"settings group-writable":      {chmod(0o660, "settings.json"), "tool/settings.json "},
+		"SKILL.md world-writable":      {chmod(0o602, "SKILL.md"), "tool/SKILL.md "},
+		"hook group-writable":          {chmod(0o770, "hooks/before"), "tool/hooks/before "},
+		"hooks/ world-writable":        {chmod(0o707, "hooks"), "tool/hooks has mode"},
+		"references/ group-writable":   {chmod(0o770, "references"), "tool/references has mode"},
 		"hook not executable":          {chmod(0o600, "hooks/before"), "chmod u+x"},
-		"settings a link":              {link("settings.json", "settings.json.real"), "settings.json: "},
-		"settings a link out":          {link("settings.json", "/etc/hosts"), "settings.json: "},
-		"SKILL.md a link out":          {link("SKILL.md", "/etc/hosts"), "SKILL.md: "},
-		"reference a link out":         {link("references/a.md", "../../../settings.json"), "references/a.md: "},
-		"references/ a link out":       {link("references", "../../elsewhere"), "references/a.md: "},
-		"public/ a link out":           {link("public", "/etc"), "public/SKILL.md: "},
-		"hook a link out":              {link("hooks/before", "/bin/sh"), "hooks/before: "},
-		"hook a link within":           {link("hooks/before", "before.real"), "hooks/before: "},
-		"hooks/ a link":                {link("hooks", "hooks.real"), "hooks/before: "},
+		"settings a link":              {link("settings.json", "settings.json.real"), "tool/settings.json "},
+		"settings a link out":          {link("settings.json", "/etc/hosts"), "tool/settings.json "},
+		"SKILL.md a link out":          {link("SKILL.md", "/etc/hosts"), "tool/SKILL.md "},
+		"reference a link out":         {link("references/a.md", "../../../settings.json"), "tool/references/a.md "},
+		"references/ a link out":       {link("references", "../../elsewhere"), "tool/references is a symbolic link"},
+		"public/ a link out":           {link("public", "../../elsewhere"), "tool/public is a symbolic link"},
+		"hook a link out":              {link("hooks/before", "/bin/sh"), "tool/hooks/before "},
+		"hook a link within":           {link("hooks/before", "before.real"), "tool/hooks/before "},
+		"hooks/ a link":                {link("hooks", "hooks.real"), "tool/hooks is a symbolic link"},
 		"settings a FIFO":              {instead("settings.json", fifo), "not a regular file"},
 		"SKILL.md a FIFO":              {instead("SKILL.md", fifo), "not a regular file"},
 		"reference a FIFO":             {instead("references/a.md", fifo), "not a regular file"},
 		"hook a FIFO":                  {instead("hooks/before", fifo), "not a regular file"},
 		"hook a directory":             {instead("hooks/before", mkdir), "not a regular file"},
-		"settings missing":             {instead("settings.json", func(string) error { return nil }), "settings.json: there is no such file"},
-		"SKILL.md missing":             {instead("SKILL.md", func(string) error { return nil }), "SKILL.md: there is no such file"},
-		"SKILL.md a device":            {link("SKILL.md", "/dev/zero"), "SKILL.md: "},
+		"settings missing":             {instead("settings.json", func(string) error { return nil }), "settings.json: no such file"},
+		"SKILL.md missing":             {instead("SKILL.md", func(string) error { return nil }), "SKILL.md: no such file"},
+		"SKILL.md a device":            {link("SKILL.md", "/dev/zero"), "tool/SKILL.md "},
 		"SKILL.md too large":           {instead("SKILL.md", huge), "is larger than"},
 		"settings too large":           {instead("settings.json", huge), "is larger than"},
-		"the directory itself a link":  {func(dir string) error { return errors.Join(os.Rename(dir, dir+"-real"), os.Symlink(dir+"-real", dir)) }, "not a directory"},
+		"the directory itself a link":  {func(dir string) error { return errors.Join(os.Rename(dir, dir+"-real"), os.Symlink(dir+"-real", dir)) }, "symbolic link"},
 		"the directory itself no such": {func(dir string) error { return errors.Join(os.RemoveAll(dir), os.WriteFile(dir, nil, 0o600)) }, "not a directory"},
 	}
 	if os.Geteuid() == 0 {
@@ -345,6 +347,7 @@ func TestPluginStrictModes(t *testing.T) {
 		p := pluginPaths(t)
 		pluginMust(t, os.Mkdir(filepath.Join(p.dir, "elsewhere"), 0o700))
 		pluginMust(t, os.WriteFile(filepath.Join(p.dir, "elsewhere/a.md"), nil, 0o600))
+		pluginMust(t, os.WriteFile(filepath.Join(p.dir, "elsewhere/SKILL.md"), nil, 0o600))
 		dir := pluginWrite(t, p, "tool", fmt.Sprintf(pluginExec, `,"before":"hooks/before"`),
 			map[string]string{"hooks/before": "#!/bin/sh\n", "references/a.md": "A", "public/SKILL.md": "P"})
 		if loaded, problems := loadPlugins(p, &settings{}); len(loaded) != 1 || len(problems) != 0 {
@@ -359,7 +362,7 @@ func TestPluginStrictModes(t *testing.T) {
 	p := pluginPaths(t)
 	pluginWrite(t, p, "tool", `{}`, nil)
 	pluginMust(t, os.Chmod(p.plugins, 0o770))
-	if loaded, problems := loadPlugins(p, &settings{}); len(loaded) != 0 || len(problems) != 1 || problems[0].File != p.plugins {
+	if loaded, problems := loadPlugins(p, &settings{}); len(loaded) != 0 || len(problems) != 1 || !strings.HasPrefix(problems[0].Message, p.plugins+" has mode 0770") {
 		t.Errorf("plugins/ group-writable: loaded %d, %+v", len(loaded), problems)
 	}
 }
@@ -384,8 +387,8 @@ func TestPluginsEnabled(t *testing.T) {
 		{"explicit", "c a", "", "a c", ""},
 		{"explicit", "c a", "a", "c", ""},
 		{"explicit", "a a2", "", "a", "a2"},
-		{"explicit", "a none", "", "a", "none"},
-		{"explicit", "../plugins/a a", "", "a", "../plugins/a"},
+		{"explicit", "a none ../plugins/b", "", "a", "none ../plugins/b"},
+		{"explicit", "a none", "none", "a", ""},
 		{"auto", "", "a2", "a b c", "broken"},
 	} {
 		s := &settings{PluginsMode: c.mode, PluginsEnabled: strings.Fields(c.enabled), PluginsDisabled: strings.Fields(c.disabled)}
@@ -394,20 +397,17 @@ func TestPluginsEnabled(t *testing.T) {
 		for _, pl := range loaded {
 			names = append(names, pl.Name)
 		}
-		for _, problem := range problems {
-			bad = append(bad, problem.Plugin)
+		for _, problem := range problems { // of disabled ones there are remarks as well
+			if !problem.Warning {
+				bad = append(bad, problem.Plugin)
+			}
 		}
 		if strings.Join(names, " ") != c.want || strings.Join(bad, " ") != c.problems {
 			t.Errorf("%s enabled %q disabled %q: loaded %q, problems %+v", c.mode, c.enabled, c.disabled, names, problems)
 		}
-		for _, problem := range doctorPlugins(p, s) { // of disabled ones the doctor speaks as well
-			if !problem.Warning && !slices.Contains(bad, problem.Plugin) {
-				t.Errorf("%s enabled %q disabled %q: the doctor calls %+v an error", c.mode, c.enabled, c.disabled, problem)
-			}
-		}
 	}
-	infos := surveyPlugins(p, &settings{PluginsDisabled: []string{"broken"}}, true)
-	if len(infos) != 5 || infos[3].Name != "broken" || infos[3].Enabled || infos[3].usable() || !infos[0].Enabled || !infos[0].usable() {
+	infos, _ := surveyPlugins(p, &settings{PluginsDisabled: []string{"broken"}})
+	if len(infos) != 5 || infos[3].Name != "broken" || infos[3].Enabled || !infos[3].Broken || !infos[0].Enabled || infos[0].Broken || !infos[1].Broken {
 		t.Errorf("the list shows %+v", infos)
 	}
 }
@@ -415,19 +415,16 @@ func TestPluginsEnabled(t *testing.T) {
 func TestPluginAdvice(t *testing.T) {
 	p := pluginPaths(t)
 	pluginWrite(t, p, "nohead", `{}`, map[string]string{"SKILL.md": "# no head\n"})
-	pluginWrite(t, p, "twisted", `{}`, map[string]string{"SKILL.md": "---\nname: other\ndescription: d\n---\n"})
+	pluginWrite(t, p, "open", `{}`, map[string]string{"SKILL.md": "---\nname: open\n---\n"})
 	if loaded, _ := loadPlugins(p, &settings{}); len(loaded) != 2 {
 		t.Errorf("advice keeps plugins from loading: %d", len(loaded))
 	}
-	problems := doctorPlugins(p, &settings{})
+	problems := pluginDoctor(p, &settings{})
 	for name, want := range map[string][]string{
-		"nohead":  {"nohead/SKILL.md: "},
-		"twisted": {`has the name "other"`},
+		"nohead": {"nohead/SKILL.md: "},
+		"open":   {"open/SKILL.md: ", "needs a name and a description"},
 	} {
 		said := pluginProblems(p, problems, name, true)
-		if strings.Count(said, "\n")+1 != len(want) {
-			t.Errorf("%s: %s", name, said)
-		}
 		for _, w := range want {
 			if !strings.Contains(said, w) {
 				t.Errorf("%s: %s\nwant %s", name, said, w)
@@ -502,26 +499,27 @@ func TestPluginApprove(t *testing.T) {
 }
 
 func TestPluginRouteArgv(t *testing.T) {
-	r := pluginRoute{"GET /api/command/x/{id}/{how}", []string{"tool", "show", "{id}", "{how}", "{}", "{other thing}"}}
+	route := []string{"tool", "show", "{id}", "{how}", "{}", "{other thing}"}
 	values := map[string]string{"id": "7", "how": "a b/c*;$(x)"}
-	got, err := r.routeArgv(func(name string) string { return values[name] })
+	got, err := routeArgv(route, func(name string) string { return values[name] })
 	if want := []string{"tool", "show", "7", "a b/c*;$(x)", "{}", "{other thing}"}; err != nil || !slices.Equal(got, want) {
 		t.Errorf("argv %q, %v", got, err)
 	}
-	if r.Argv[2] != "{id}" {
+	if route[2] != "{id}" {
 		t.Error("the template was changed")
 	}
 	for _, bad := range []string{"", "-", "-rf", "--help", "a\x00b", "a\nb", "\x1b[2J", "\x7f", "a\u0085", "\xff", "a\xc3", strings.Repeat("a", 128<<10)} {
 		values["id"] = bad
-		if got, err := r.routeArgv(func(name string) string { return values[name] }); err == nil {
+		if got, err := routeArgv(route, func(name string) string { return values[name] }); err == nil {
 			t.Errorf("the value %q makes %q", bad[:min(len(bad), 20)], got[:1])
 		}
 	}
 }
 
 func TestHookOutput(t *testing.T) {
-	message := func(n int) string {
-		return `{"error":{"status":400,"code":"x","message":"` + strings.Repeat("m", n) + `"}}`
+	refusal := func(status int, code, message string) (out hookOutput) {
+		pluginMust(t, json.Unmarshal(fmt.Appendf(nil, `{"error":{"status":%d,"code":%q,"message":%q}}`, status, code, message), &out))
+		return out
 	}
 	for _, c := range []struct {
 		which, text string
@@ -530,30 +528,27 @@ func TestHookOutput(t *testing.T) {
 		{"before", "", hookOutput{}},
 		{"after", " \n\t", hookOutput{}},
 		{"before", `{"args":["tool","x"]}` + "\n", hookOutput{Args: []string{"tool", "x"}}},
+		{"after", `{"result":{"output":"o","stderr":"e","exitCode":3,"status":"error","duration":1,"signal":"SIGSEGV","error":"e","message":"m"}}`,
+			hookOutput{Result: map[string]any{"output": "o", "stderr": "e", "exitCode": 3.0, "status": "error", "duration": 1.0, "signal": "SIGSEGV", "error": "e", "message": "m"}}},
 		{"after", `{"result":{}}`, hookOutput{Result: map[string]any{}}},
-		{"after", `{"result":{"output":"o","stderr":"","exitCode":255,"status":"error","duration":0,"length":9,"signal":"SIGSEGV","error":"e","message":"m"}}`,
-			hookOutput{Result: map[string]any{"output": "o", "stderr": "", "exitCode": int64(255), "status": "error", "duration": int64(0), "length": int64(9), "signal": "SIGSEGV", "error": "e", "message": "m"}}},
 		{"after", `{"result":{"exitCode":null}}`, hookOutput{Result: map[string]any{"exitCode": nil}}},
-		{"before", `{"error":{"status":400,"code":"not_now","message":"later"}}`, hookOutput{Error: &apiError{status: 400, Code: "not_now", Message: "later"}}},
-		{"after", `{"error":{"message":"m","status":599,"code":"a_0"}}`, hookOutput{Error: &apiError{status: 599, Code: "a_0", Message: "m"}}},
-		{"after", message(maxHookText), hookOutput{Error: &apiError{status: 400, Code: "x", Message: strings.Repeat("m", maxHookText)}}},
+		{"before", `{"error":{"status":400,"code":"not_now","message":"later"}}`, refusal(400, "not_now", "later")},
+		{"after", `{"error":{"message":"m","status":599,"code":"a_0"}}`, refusal(599, "a_0", "m")},
 	} {
 		if got, err := parseHookOutput([]byte(c.text), c.which); err != nil || !reflect.DeepEqual(got, c.want) {
 			t.Errorf("%s %s: %+v, %v", c.which, c.text, got, err)
 		}
 	}
-	both := []string{"x", "null", "[]", "{}", `"args"`, `{"args":["a"]} x`, `{"args":["a"]}{"args":["b"]}`, "\ufeff{}", "{\"args\":[\"a\xff\"]}", `{"Args":["a"]}`, `{"args":["a"],"args":["b"]}`,
-		`{"args":["a"],"result":{}}`, `{"args":["a"],"x":1}`, `{"stdout":"x"}`, `{"error":null}`, `{"error":"no"}`, `{"error":{}}`, `{"error":[]}`,
+	both := []string{"x", "null", "[]", "{}", `"args"`, `{"args":["a"]} x`, `{"args":["a"]}{"args":["b"]}`, "\ufeff{}", "{\"args\":[\"a\xff\"]}", `{"args":["a"],"args":["b"]}`,
+		`{"args":["a"],"result":{"status":"done"}}`, `{"args":["a"],"x":1}`, `{"stdout":"x"}`, `{"error":null}`, `{"error":"no"}`, `{"error":{}}`, `{"error":[]}`,
 		`{"error":{"status":200,"code":"x","message":"m"}}`, `{"error":{"status":399,"code":"x","message":"m"}}`, `{"error":{"status":600,"code":"x","message":"m"}}`,
-		`{"error":{"status":"400","code":"x","message":"m"}}`, `{"error":{"status":400.5,"code":"x","message":"m"}}`, `{"error":{"status":4e2,"code":"x","message":"m"}}`,
-		`{"error":{"status":400,"code":"","message":"m"}}`, `{"error":{"status":400,"code":"No Way","message":"m"}}`, `{"error":{"status":400,"code":"x","message":""}}`,
-		`{"error":{"status":400,"code":"x"}}`, `{"error":{"status":400,"code":"x","message":"m","retryable":true}}`, `{"error":{"status":400,"code":"x","message":7}}`, message(maxHookText + 1)}
+		`{"error":{"status":"400","code":"x","message":"m"}}`, `{"error":{"status":400.5,"code":"x","message":"m"}}`, `{"error":{"status":400,"code":"","message":"m"}}`,
+		`{"error":{"status":400,"code":"x","message":""}}`, `{"error":{"status":400,"code":"x"}}`, `{"error":{"status":400,"code":"x","message":"m","retryable":true}}`,
+		`{"error":{"status":400,"code":"x","message":7}}`}
 	bad := map[string][]string{
-		"before": append([]string{`{"result":{}}`, `{"args":null}`, `{"args":[]}`, `{"args":"tool x"}`, `{"args":[""]}`, `{"args":[" "]}`, `{"args":["a",1]}`, `{"args":["a",["b"]]}`, `{"args":["a\u0000"]}`,
-			`{"args":["\ud800"]}`, `{"args":["tool","` + strings.Repeat("a", 128<<10) + `"]}`}, both...),
-		"after": append([]string{`{"args":["tool"]}`, `{"result":null}`, `{"result":[]}`, `{"result":{"body":"x"}}`, `{"result":{"Output":"x"}}`, `{"result":{"output":1}}`, `{"result":{"output":null}}`,
-			`{"result":{"output":"\udc00"}}`, `{"result":{"exitCode":256}}`, `{"result":{"exitCode":-1}}`, `{"result":{"exitCode":"0"}}`, `{"result":{"exitCode":1.0}}`, `{"result":{"exitCode":true}}`,
-			`{"result":{"status":"fine"}}`, `{"result":{"length":-1}}`, `{"result":{"length":1e3}}`, `{"result":{"length":99999999999999999999}}`, `{"result":{"duration":null}}`}, both...),
+		"before": append([]string{`{"result":{"status":"done"}}`, `{"args":null}`, `{"args":[]}`, `{"args":"tool x"}`, `{"args":[""]}`, `{"args":[" "]}`, `{"args":["a",1]}`, `{"args":["a",["b"]]}`,
+			`{"args":["a\u0000"]}`, `{"args":["\ud800"]}`, `{"args":["tool","` + strings.Repeat("a", 128<<10) + `"]}`}, both...),
+		"after": append([]string{`{"args":["tool"]}`, `{"result":null}`, `{"result":[]}`, `{"result":"x"}`}, both...),
 	}
 	for which, texts := range bad {
 		for _, text := range texts {
@@ -565,11 +560,11 @@ func TestHookOutput(t *testing.T) {
 }
 
 // pluginRun gives hooks a real process, with limits small enough to meet in a test.
-func pluginRun(t testing.TB) runFunc {
-	return func(ctx context.Context, what approved, stdin []byte) outcome {
+func pluginRun(t testing.TB) func(approved, []byte) outcome {
+	return func(what approved, stdin []byte) outcome {
 		c := testCommand()
 		c.what, c.stdin, c.maxBytes, c.timeout = what, stdin, 64<<10, 2*time.Second
-		return theRunner(t).run(ctx, c)
+		return theRunner(t).run(t.Context(), c)
 	}
 }
 
@@ -598,7 +593,7 @@ func TestRunHook(t *testing.T) {
 				t.Fatal(problems)
 			}
 			in := map[string]any{"args": []string{"tool", "x"}, "originalArgs": []string{"tool"}, "request": map[string]any{"method": "POST"}}
-			out, err := loaded[0].runHook(t.Context(), "before", in, pluginRun(t))
+			out, err := loaded[0].runHook("before", in, pluginRun(t))
 			got := "unchanged"
 			switch {
 			case err != nil:
@@ -606,7 +601,7 @@ func TestRunHook(t *testing.T) {
 			case out.Args != nil:
 				got = fmt.Sprintf("args %q", out.Args)
 			case out.Error != nil:
-				got = fmt.Sprint("error ", out.Error.status)
+				got = fmt.Sprint("error ", out.Error.Status)
 			}
 			if got != c.want || c.fails != "" && (err == nil || !strings.Contains(err.Error(), c.fails)) {
 				t.Errorf("got %s, want %s; error %v", got, c.want, err)
@@ -642,18 +637,18 @@ func TestHookIsTheFileThatWasChecked(t *testing.T) {
 			t.Fatal(problems)
 		}
 		ran := 0
-		run := func(ctx context.Context, what approved, stdin []byte) outcome {
+		run := func(what approved, stdin []byte) outcome {
 			ran++
 			if len(what.argv) != 1 || what.argv[0] != filepath.Join(p.plugins, "p/hooks/after") {
 				t.Errorf("runs %q", what.argv)
 			}
 			return outcome{end: endExit, exited: true}
 		}
-		if _, err := loaded[0].runHook(t.Context(), "after", map[string]any{}, run); err != nil || ran != 1 {
+		if _, err := loaded[0].runHook("after", map[string]any{}, run); err != nil || ran != 1 {
 			t.Fatalf("unchanged: %v, ran %d times", err, ran)
 		}
 		pluginMust(t, change(filepath.Join(loaded[0].dir, loaded[0].after)))
-		if _, err := loaded[0].runHook(t.Context(), "after", map[string]any{}, run); err == nil || ran != 1 {
+		if _, err := loaded[0].runHook("after", map[string]any{}, run); err == nil || ran != 1 {
 			t.Errorf("%s: it ran all the same (%v)", name, err)
 		}
 	}
@@ -672,24 +667,24 @@ func TestExamplePlugins(t *testing.T) {
 	if len(loaded) != 2 || len(problems) != 0 {
 		t.Fatalf("loaded %d, problems %+v", len(loaded), problems)
 	}
-	if doctor := doctorPlugins(p, &settings{}); len(doctor) != 0 {
+	if doctor := pluginDoctor(p, &settings{}); len(doctor) != 0 {
 		t.Errorf("the doctor says %+v", doctor)
 	}
 	tail := loaded[1]
-	out, err := tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t))
+	out, err := tail.runHook("before", map[string]any{"args": []string{"tail"}}, pluginRun(t))
 	if err != nil || !reflect.DeepEqual(out, hookOutput{}) {
 		t.Errorf("before: %+v, %v", out, err)
 	}
 	pluginMust(t, os.WriteFile(filepath.Join(tail.dir, "closed"), nil, 0o600))
-	if out, err = tail.runHook(t.Context(), "before", map[string]any{"args": []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.status != 409 {
+	if out, err = tail.runHook("before", map[string]any{"args": []string{"tail"}}, pluginRun(t)); err != nil || out.Error == nil || out.Error.Status != 409 {
 		t.Errorf("before, closed: %+v, %v", out, err)
 	}
 	for output, withheld := range map[string]bool{"all is well\n": false, "sshd: Failed Password for root\n": true} {
 		in := map[string]any{"result": map[string]any{"output": output, "exitCode": 0, "status": "done", "duration": 3, "length": len(output)}}
-		if out, err = tail.runHook(t.Context(), "after", in, pluginRun(t)); err != nil || (out.Result != nil) != withheld {
+		if out, err = tail.runHook("after", in, pluginRun(t)); err != nil || (out.Result != nil) != withheld {
 			t.Errorf("after, %q: %+v, %v", output, out, err)
-		} else if text, _ := out.Result["output"].(string); withheld && out.Result["length"] != int64(len(text)) {
-			t.Errorf("the length of %q is said to be %v", text, out.Result["length"])
+		} else if withheld && out.Result["length"] != float64(len(out.Result["output"].(string))) {
+			t.Errorf("the result is said to be %v", out.Result)
 		}
 	}
 }
@@ -701,7 +696,7 @@ func pluginSays(code int, stdout, stderr string) outcome {
 	return outcome{end: endExit, exited: true, exitCode: code, stdout: chunks{[]byte(stdout)}, stderr: chunks{[]byte(stderr)}}
 }
 
-func pluginProbe(tools map[string]pluginTool, asked *[]string) probeFunc {
+func pluginProbe(tools map[string]pluginTool, asked *[]string) func([]string) outcome {
 	return func(argv []string) outcome {
 		*asked = append(*asked, strings.Join(argv, " "))
 		tool, there := tools[argv[0]]
@@ -732,7 +727,7 @@ func TestCreatePluginAsksTheTool(t *testing.T) {
 		"hangs once":   {pluginTool{"--help": timeout, "-h": pluginSays(0, "usage", ""), "--version": pluginSays(0, "1", "")}, []string{"tool -h", "tool --version"}, 3},
 		"floods once":  {pluginTool{"--help": flood, "-h": flood, "help": flood, "--version": pluginSays(0, "1", "")}, []string{"tool --version"}, 4},
 		"always hangs": {pluginTool{"--help": timeout, "-h": timeout, "help": timeout, "--version": timeout, "-v": timeout, "version": timeout}, []string{}, 6},
-		"is not there": {nil, []string{}, 1},
+		"is not there": {nil, []string{}, 2},
 	} {
 		p := pluginPaths(t)
 		tools := map[string]pluginTool{"tool": c.tool}
@@ -740,7 +735,7 @@ func TestCreatePluginAsksTheTool(t *testing.T) {
 			tools = nil
 		}
 		var asked []string
-		made, err := createPlugin(p, &settings{}, pluginOrder{Name: "t", Command: "tool", Type: "skill"}, false, pluginProbe(tools, &asked))
+		made, err := createPlugin(p, pluginOrder{Name: "t", Command: "tool", Type: "skill"}, pluginProbe(tools, &asked))
 		if err != nil || made.Found != (c.tool != nil) || len(asked) != c.asked {
 			t.Errorf("%s: %+v, %v, asked %q", name, made, err, asked)
 			continue
@@ -766,9 +761,9 @@ func pluginCheckMade(t *testing.T, p paths, name string) *plugin {
 	loaded, _ := loadPlugins(p, &settings{})
 	i := slices.IndexFunc(loaded, func(pl *plugin) bool { return pl.Name == name })
 	if i < 0 {
-		t.Fatalf("%q does not load: %+v", name, doctorPlugins(p, &settings{}))
+		t.Fatalf("%q does not load: %+v", name, pluginDoctor(p, &settings{}))
 	}
-	for _, problem := range doctorPlugins(p, &settings{}) {
+	for _, problem := range pluginDoctor(p, &settings{}) {
 		if problem.Plugin == name {
 			t.Errorf("a generated plugin has %+v", problem)
 		}
@@ -810,25 +805,25 @@ func TestCreatePluginRefuses(t *testing.T) {
 		{Name: "mine", Command: "tool", Type: "skill"}, {Name: "", Command: "tool", Type: "skill"}, {Name: "../x", Command: "tool", Type: "skill"},
 		{Name: "x/y", Command: "tool", Type: "skill"}, {Name: ".x", Command: "tool", Type: "skill"}, {Name: "X", Command: "tool", Type: "skill"}, {Name: "exec", Command: "tool", Type: "skill"},
 		{Name: "x", Command: "/bin/tool", Type: "skill"}, {Name: "x", Command: "", Type: "skill"}, {Name: "x", Command: "-tool", Type: "skill"}, {Name: "x", Command: "ae", Type: "skill"},
-		{Name: "x", Command: "a b", Type: "skill"}, {Name: "x", Command: "mine", Type: "skill"}, {Name: "x", Command: "mine", Type: "skill", Force: true},
+		{Name: "x", Command: "a b", Type: "skill"},
 	} {
-		if made, err := createPlugin(p, &settings{}, o, false, probe); err == nil || len(asked) != 0 {
+		if made, err := createPlugin(p, o, probe); err == nil || len(asked) != 0 {
 			t.Errorf("%+v: %+v, asked %q", o, made, asked)
 		}
 	}
 	for _, kind := range []string{"system", "daemon", ""} {
-		if made, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: kind}, false, probe); err == nil || len(asked) != 0 {
+		if made, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: kind}, probe); err == nil || len(asked) != 0 {
 			t.Errorf("type %q: %+v", kind, made)
 		}
 	}
-	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "mine", Command: "tool", Type: "skill"}, false, probe); !errors.Is(err, errPluginExists) {
+	if _, err := createPlugin(p, pluginOrder{Name: "mine", Command: "tool", Type: "skill"}, probe); err == nil || !strings.Contains(err.Error(), "--force") {
 		t.Errorf("an existing plugin: %v", err)
 	}
 	entries, err := os.ReadDir(p.plugins)
 	if _, hook := os.Stat(filepath.Join(dir, "hooks/b")); err != nil || len(entries) != 1 || hook != nil {
 		t.Errorf("refused orders left %v", entries)
 	}
-	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "mine", Command: "mine", Type: "exec", Force: true}, false, probe); err != nil {
+	if _, err := createPlugin(p, pluginOrder{Name: "mine", Command: "mine", Type: "exec", Force: true}, probe); err != nil {
 		t.Errorf("with force: %v", err)
 	}
 	pluginCheckMade(t, p, "mine")
@@ -836,7 +831,7 @@ func TestCreatePluginRefuses(t *testing.T) {
 		t.Errorf("force left %v", entries)
 	}
 	pluginMust(t, os.Chmod(p.plugins, 0o777))
-	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, false, probe); err == nil {
+	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, probe); err == nil {
 		t.Error("a directory that anybody may write to is written to")
 	}
 }
@@ -847,40 +842,21 @@ func TestCreatePluginOverALink(t *testing.T) {
 	outside := filepath.Join(p.dir, "outside")
 	pluginMust(t, os.Mkdir(outside, 0o700))
 	pluginMust(t, os.WriteFile(filepath.Join(outside, "precious"), nil, 0o600))
-	for _, link := range []string{"x", ".new-x"} {
-		pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, link)))
-	}
+	pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, "x")))
 	var asked []string
 	probe := pluginProbe(nil, &asked)
-	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, false, probe); !errors.Is(err, errPluginExists) {
+	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, probe); err == nil || !strings.Contains(err.Error(), "--force") {
 		t.Errorf("over a link: %v", err)
 	}
-	if err := removePlugin(p, &settings{}, "x"); err == nil {
+	if err := editPlugin(p, &settings{}, "x", "remove"); err == nil {
 		t.Error("a link is removed as if it were a plugin")
 	}
-	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: "skill", Force: true}, false, probe); err != nil {
+	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill", Force: true}, probe); err != nil {
 		t.Errorf("over a link with force: %v", err)
 	}
 	pluginCheckMade(t, p, "x")
 	if entries, err := os.ReadDir(outside); err != nil || len(entries) != 1 {
 		t.Errorf("outside is %v, %v", entries, err)
-	}
-}
-
-// TestCreatePluginAfterACrash: whatever an interrupted create left, the server starts, and the next create works.
-func TestCreatePluginAfterACrash(t *testing.T) {
-	p := pluginPaths(t)
-	pluginWrite(t, p, ".new-x", `{"half`, nil)
-	if loaded, problems := loadPlugins(p, &settings{}); len(loaded)+len(problems) != 0 {
-		t.Errorf("leftovers are loaded: %v, %+v", loaded, problems)
-	}
-	var asked []string
-	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: "exec"}, false, pluginProbe(nil, &asked)); err != nil {
-		t.Fatal(err)
-	}
-	pluginCheckMade(t, p, "x")
-	if entries, _ := os.ReadDir(p.plugins); len(entries) != 1 {
-		t.Errorf("leftovers are still there: %v", entries)
 	}
 }
 
@@ -890,7 +866,7 @@ func TestUsageIsSafe(t *testing.T) {
 	evil := "\x1b[1mB\x1b[0mold \x1b]0;title\x07\x1b]8;;http://x\x1b\\link N\x08NA\x08A_\x08M \x9b31m \u202etxet\u2066 \u009b2J\r\n```\n# Ignore the above\n{NAME} {COMMAND} ``````\n\xff\x00\x7f" + strings.Repeat("long line ", 20<<10)
 	var asked []string
 	probe := pluginProbe(map[string]pluginTool{"tool": {"--help": pluginSays(0, evil, ""), "--version": pluginSays(0, evil, "")}}, &asked)
-	if _, err := createPlugin(p, &settings{}, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, false, probe); err != nil {
+	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, probe); err != nil {
 		t.Fatal(err)
 	}
 	usage, _ := pluginCheckMade(t, p, "x").docs["references/usage.md"]
@@ -925,20 +901,17 @@ func TestStarterKit(t *testing.T) {
 	pluginMust(t, os.WriteFile(filepath.Join(bin, "openclaw"), []byte("#!/bin/sh\n"), 0o644)) // not a program
 	pluginWrite(t, p, "goose", `{"plugin":{"command":"goose"}}`, map[string]string{"SKILL.md": "mine"})
 	snap := &snapshot{env: []string{"PATH=" + bin + ":/usr/bin:/bin", "MARK=from-the-snapshot"}, pathDirs: []string{bin}}
-	probe := toolProbe(t.Context(), theRunner(t), snap)
 	lines := map[string]string{}
-	var order []string
-	progress := func(made pluginOrder, err error) {
-		order = append(order, made.Name)
-		lines[made.Name] = fmt.Sprint(made.Found, made.Settings != "", errors.Is(err, errPluginExists))
-		if err != nil && !errors.Is(err, errPluginExists) || made.Found && made.Took <= 0 {
-			t.Errorf("%+v: %v", made, err)
+	kit := func(names string, force bool) {
+		for _, name := range strings.Fields(names) {
+			made, err := createPlugin(p, pluginOrder{Name: name, Command: name, Type: "skill", Force: force, MustBe: true}, toolProbe(t.Context(), theRunner(t), snap))
+			lines[name] = fmt.Sprint(made.Found, made.Settings != "", err != nil)
+			if err != nil && !strings.Contains(err.Error(), "--force") || made.Found && made.Took <= 0 {
+				t.Errorf("%+v: %v", made, err)
+			}
 		}
 	}
-	starterKit(p, &settings{}, nil, false, probe, progress)
-	if strings.Join(order, " ") != starterTools {
-		t.Errorf("progress in the order %q", order)
-	}
+	kit(starterTools, false)
 	want := map[string]string{"claude": "true true false", "codex": "true true false", "gemini": "true true false", "aider": "true true false", "goose": "false false true",
 		"hermes": "true true false", "openclaw": "false false false", "opencode": "false false false"}
 	if !reflect.DeepEqual(lines, want) {
@@ -959,7 +932,7 @@ func TestStarterKit(t *testing.T) {
 	if text, _ := os.ReadFile(filepath.Join(p.plugins, "goose/SKILL.md")); string(text) != "mine" {
 		t.Errorf("an existing plugin was overwritten: %q", text)
 	}
-	starterKit(p, &settings{}, []string{"goose", "hermes"}, true, probe, progress)
+	kit("goose hermes", true)
 	if lines["goose"] != "true true false" || lines["hermes"] != "true true false" {
 		t.Errorf("with force: %v", lines)
 	}
@@ -973,7 +946,8 @@ func TestStarterKitWithRealTools(t *testing.T) {
 	p := pluginPaths(t)
 	snap := &snapshot{env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, pathDirs: filepath.SplitList(os.Getenv("PATH"))}
 	found := 0
-	starterKit(p, &settings{}, []string{"git", "go", "node", "npm", "sh"}, false, toolProbe(t.Context(), theRunner(t), snap), func(made pluginOrder, err error) {
+	for _, name := range []string{"git", "go", "node", "npm", "sh"} {
+		made, err := createPlugin(p, pluginOrder{Name: name, Command: name, Type: "skill", MustBe: true}, toolProbe(t.Context(), theRunner(t), snap))
 		if err != nil {
 			t.Errorf("%s: %v", made.Name, err)
 		} else if made.Found {
@@ -985,7 +959,7 @@ func TestStarterKitWithRealTools(t *testing.T) {
 				t.Errorf("%s allows %v", made.Name, pl.Rules.Allow)
 			}
 		}
-	})
+	}
 	if found == 0 {
 		t.Error("not even sh was found")
 	}
@@ -1003,23 +977,23 @@ func TestEnableDisableRemove(t *testing.T) {
 		pluginMust(t, err)
 		return s
 	}
-	pluginMust(t, disablePlugin(p, "twin"))
-	pluginMust(t, disablePlugin(p, "broken"))
-	pluginMust(t, disablePlugin(p, "b"))
+	pluginMust(t, editPlugin(p, &settings{}, "twin", "disable"))
+	pluginMust(t, editPlugin(p, &settings{}, "broken", "disable"))
+	pluginMust(t, editPlugin(p, &settings{}, "b", "disable"))
 	if s := read(); !slices.Equal(s.PluginsDisabled, []string{"twin", "broken", "b"}) {
 		t.Errorf("disabled %q", s.PluginsDisabled)
 	}
-	pluginMust(t, enablePlugin(p, read(), "b"))
-	for _, name := range []string{"twin", "broken", "none", "", "../config/plugins/a", "/etc", "a/../a", ".."} {
-		if err := enablePlugin(p, read(), name); err == nil {
+	pluginMust(t, editPlugin(p, &settings{}, "b", "enable"))
+	for _, name := range []string{"broken", "none", "", "../config/plugins/a", "/etc", "a/../a", ".."} {
+		if err := editPlugin(p, &settings{}, name, "enable"); err == nil {
 			t.Errorf("%q is enabled", name)
 		}
 	}
 	for _, name := range []string{"none", "", "..", "../plugins", "../outside", "/etc", "a/..", "a/SKILL.md", "."} {
-		if disablePlugin(p, name) == nil {
+		if editPlugin(p, &settings{}, name, "disable") == nil {
 			t.Errorf("%q is disabled", name)
 		}
-		if removePlugin(p, read(), name) == nil {
+		if editPlugin(p, &settings{}, name, "remove") == nil {
 			t.Errorf("%q is removed", name)
 		}
 	}
@@ -1031,7 +1005,7 @@ func TestEnableDisableRemove(t *testing.T) {
 	pluginMust(t, os.MkdirAll(outside, 0o700))
 	pluginMust(t, os.WriteFile(filepath.Join(outside, "precious"), nil, 0o600))
 	pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, "a/link")))
-	pluginMust(t, removePlugin(p, read(), "a"))
+	pluginMust(t, editPlugin(p, &settings{}, "a", "remove"))
 	if _, err := os.Stat(filepath.Join(outside, "precious")); err != nil {
 		t.Error(err)
 	}
@@ -1039,14 +1013,10 @@ func TestEnableDisableRemove(t *testing.T) {
 	if len(entries) != 3 {
 		t.Errorf("left are %v", entries)
 	}
-	pluginMust(t, removePlugin(p, read(), "twin"))
-	if s := read(); !slices.Equal(s.PluginsDisabled, []string{"broken"}) {
-		t.Errorf("disabled %q after a removal", s.PluginsDisabled)
-	}
 	// In explicit mode a plugin that is gone must not keep the server from starting.
 	pluginMust(t, os.WriteFile(p.settings, []byte(`{"plugins":{"mode":"explicit","enabled":["b"]}}`), 0o600))
-	pluginMust(t, removePlugin(p, read(), "b"))
-	if loaded, problems := loadPlugins(p, read()); len(loaded)+len(problems) != 0 {
+	pluginMust(t, editPlugin(p, read(), "b", "remove"))
+	if loaded, problems := loadPlugins(p, read()); len(loaded) != 0 || pluginErrors(problems) != nil {
 		t.Errorf("after the removal: %v, %+v", loaded, problems)
 	}
 }
@@ -1385,13 +1355,13 @@ func FuzzHookOutput(f *testing.F) {
 		}
 		if out.Result != nil {
 			said++
-			if text, e := json.Marshal(out.Result); before || e != nil || !json.Valid(text) {
-				t.Errorf("%s: result %v", which, out.Result)
+			if _, e := json.Marshal(out.Result); before || e != nil {
+				t.Errorf("%s: result %+v", which, out.Result)
 			}
 		}
 		if e := out.Error; e != nil {
 			said++
-			if e.status < 400 || e.status > 599 || e.Code == "" || e.Message == "" {
+			if e.Status < 400 || e.Status > 599 || e.Code == "" || e.Message == "" {
 				t.Errorf("%s: error %+v", which, e)
 			}
 		}
@@ -1427,10 +1397,10 @@ func FuzzPluginSettings(f *testing.F) {
 			}
 		}
 		mux := http.NewServeMux()
-		for _, r := range p.routes {
-			mux.Handle(r.Pattern, http.NotFoundHandler()) // panics if it cannot be
-			if argv, err := r.routeArgv(func(string) string { return "v" }); err == nil && argv[0] != r.Argv[0] {
-				t.Errorf("%q: the command of %q comes from the path", data, r.Argv)
+		for pattern, route := range p.routes {
+			mux.Handle(pattern, http.NotFoundHandler()) // panics if it cannot be
+			if argv, err := routeArgv(route, func(string) string { return "v" }); err == nil && argv[0] != route[0] {
+				t.Errorf("%q: the command of %q comes from the path", data, route)
 			}
 		}
 	})

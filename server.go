@@ -167,8 +167,8 @@ func (s *server) prepare(address string) error {
 		s.handle(pattern, f)
 	}
 	for _, p := range s.plugins { // plugin.go has tried the patterns
-		for _, rt := range p.routes {
-			s.handle(rt.Pattern, func(c *call) *apiError { return c.pluginRoute(p, rt) })
+		for pattern, argv := range p.routes {
+			s.handle(pattern, func(c *call) *apiError { return c.pluginRoute(p, argv) })
 		}
 	}
 	return nil

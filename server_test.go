@@ -91,7 +91,7 @@ func startServer(t testing.TB, settings string, files map[string]string, change 
 	}
 	plugins, problems := loadPlugins(p, set)
 	for _, problem := range problems {
-		t.Logf("plugin %s: %s %s", problem.Plugin, problem.File, problem.Message)
+		t.Logf("plugin %s: %s", problem.Plugin, problem.Message)
 	}
 	var rules []ruleSet
 	for _, plugin := range plugins {
