@@ -447,7 +447,7 @@ func enablePlugin(p paths, s *settings, name string) error {
 	return editPluginState(p, name, true)
 }
 
-func disablePlugin(p paths, name string) error {
+func disablePlugin(p paths, _ *settings, name string) error {
 	if err := checkPluginDir(p, name); err != nil {
 		return err
 	}

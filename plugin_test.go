@@ -1003,9 +1003,9 @@ func TestEnableDisableRemove(t *testing.T) {
 		pluginMust(t, err)
 		return s
 	}
-	pluginMust(t, disablePlugin(p, "twin"))
-	pluginMust(t, disablePlugin(p, "broken"))
-	pluginMust(t, disablePlugin(p, "b"))
+	pluginMust(t, disablePlugin(p, nil, "twin"))
+	pluginMust(t, disablePlugin(p, nil, "broken"))
+	pluginMust(t, disablePlugin(p, nil, "b"))
 	if s := read(); !slices.Equal(s.PluginsDisabled, []string{"twin", "broken", "b"}) {
 		t.Errorf("disabled %q", s.PluginsDisabled)
 	}
@@ -1016,7 +1016,7 @@ func TestEnableDisableRemove(t *testing.T) {
 		}
 	}
 	for _, name := range []string{"none", "", "..", "../plugins", "../outside", "/etc", "a/..", "a/SKILL.md", "."} {
-		if disablePlugin(p, name) == nil {
+		if disablePlugin(p, nil, name) == nil {
 			t.Errorf("%q is disabled", name)
 		}
 		if removePlugin(p, read(), name) == nil {
@@ -1092,9 +1092,20 @@ func pluginServe(t *testing.T, p paths, settings string) *pluginServer {
 	pluginMust(t, os.WriteFile(p.settings, []byte(settings), 0o600))
 	key, err := newAPIKey(pluginKey)
 	pluginMust(t, err)
-	srv, err := assemble(p, startup{key: key, host: "127.0.0.1", enabled: true}, log.New(s.log, "", 0))
+	set, err := loadSettings(p)
 	pluginMust(t, err)
-	srv.runner = theRunner(t)
+	plugins, problems := loadPlugins(p, set)
+	pluginMust(t, loaded{problems: problems}.startable())
+	rules := []ruleSet{}
+	for _, pl := range plugins {
+		rules = append(rules, pl.Rules)
+	}
+	store, err := openStore(p, rules)
+	pluginMust(t, err)
+	audit, err := openAudit(set.AuditFile, set.AuditEnabled, key)
+	pluginMust(t, err)
+	srv := &server{start: startup{key: key, host: "127.0.0.1", enabled: true}, store: store, audit: audit, runner: theRunner(t), plugins: plugins,
+		log: log.New(s.log, "", 0), auditFile: p.audit}
 	l, err := listen("127.0.0.1", 0)
 	pluginMust(t, err)
 	s.url = "http://" + l.Addr().String()
