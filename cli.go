@@ -41,8 +41,6 @@ const (
 	needsNothing                    // not even a configuration directory
 	onlyReads                       // works beneath a server's own command too
 	wraps                           // from the first argument on everything is a command, flags included
-
-	manyArgs = 1 << 20 // no limit
 )
 
 // cliCommand is one command; its flags are those that its help explains. They stand before, between or after the arguments,
@@ -50,14 +48,14 @@ const (
 type cliCommand struct {
 	name        string
 	run         func(t *terminal) error
-	least, most int // arguments
+	least, most int // arguments; -1: any number
 	traits      trait
 }
 
 // cliCommands is the whole surface.
 func cliCommands() []cliCommand {
 	return []cliCommand{
-		{"", nil, 1, manyArgs, onlyReads | wraps},
+		{"", nil, 1, -1, onlyReads | wraps},
 		{"setup", cliSetup, 0, 0, 0},
 		{"start", cliStart, 0, 0, 0},
 		{"stop", cliStop, 0, 0, 0},
@@ -65,24 +63,24 @@ func cliCommands() []cliCommand {
 		{"status", cliStatus, 0, 0, onlyReads},
 		{"config", cliConfig, 0, 0, 0},
 		{"share", cliShare, 0, 0, 0},
-		{"key", nil, 1, manyArgs, onlyReads | wraps},
+		{"key", nil, 1, -1, onlyReads | wraps},
 		{"key rotate", cliKeyRotate, 0, 0, 0},
-		{"acl", nil, 1, manyArgs, onlyReads | wraps},
+		{"acl", nil, 1, -1, onlyReads | wraps},
 		{"acl list", cliACLList, 0, 0, needsPolicy | onlyReads},
-		{"acl check", cliACLCheck, 1, manyArgs, needsPolicy | onlyReads | wraps},
+		{"acl check", cliACLCheck, 1, -1, needsPolicy | onlyReads | wraps},
 		{"acl doctor", cliACLDoctor, 0, 0, needsPolicy},
 		{"acl add", cliACLEdit, 1, 1, 0},
 		{"acl remove", cliACLEdit, 1, 1, 0},
 		{"audit", cliAudit, 0, 0, 0},
 		{"audit verify", cliAuditVerify, 0, 1, onlyReads},
-		{"plugin", nil, 1, manyArgs, onlyReads | wraps},
+		{"plugin", nil, 1, -1, onlyReads | wraps},
 		{"plugin list", cliPluginList, 0, 0, needsSettings | onlyReads},
 		{"plugin create", cliPluginMake, 0, 0, needsPolicy | needsName},
 		{"plugin enable", cliPluginEdit(enablePlugin, "enabled, from the next start on"), 0, 0, needsSettings | needsName},
 		{"plugin disable", cliPluginEdit(disablePlugin, "disabled, at once; a restart unloads it for good"), 0, 0, needsSettings | needsName},
 		{"plugin remove", cliPluginEdit(removePlugin, "removed; a restart unloads it for good"), 0, 0, needsSettings | needsName},
 		{"plugin doctor", cliPluginDoctor, 0, 0, needsSettings},
-		{"starterkit", cliPluginMake, 0, manyArgs, needsPolicy},
+		{"starterkit", cliPluginMake, 0, -1, needsPolicy},
 		{"version", func(t *terminal) error { return t.say("agent-exec %s", version) }, 0, 0, needsNothing | onlyReads},
 	}
 }
@@ -160,8 +158,7 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 	err = t.parse(c, args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		_, err = io.WriteString(t.out, c.help())
-		return err
+		return t.say("%s", strings.TrimSpace(c.help()))
 	case c.traits&onlyReads == 0 && t.beneath:
 		return fmt.Errorf("%s does not work beneath an aexec server, which does not administer itself\nhint: run it from a shell", c.name)
 	case err != nil:
@@ -170,7 +167,7 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 		return usageError("something is missing")
 	case c.run == nil:
 		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+t.args[0])))
-	case len(t.args) > c.most:
+	case c.most >= 0 && len(t.args) > c.most:
 		return usageError(fmt.Sprintf("unexpected argument %q", t.args[c.most]))
 	case c.traits&needsName != 0 && t.flags["name"] == "":
 		return usageError("--name is missing")
@@ -186,13 +183,11 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 	return c.run(t)
 }
 
-var helpedFlag = regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `)
-
 // parse reads flags and arguments by the command's help, where each line of a flag defines it.
 func (t *terminal) parse(c cliCommand, args []string) error {
 	set := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	for _, f := range helpedFlag.FindAllStringSubmatch(c.help(), -1) {
+	for _, f := range regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `).FindAllStringSubmatch(c.help(), -1) {
 		switch f[2] {
 		case "":
 			set.Bool(f[1], false, "")
@@ -278,11 +273,10 @@ func (t *terminal) show(bad bool, code int, v any, text string) error {
 	}
 	tab := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(tab, text)
-	err := tab.Flush()
-	if err == nil && bad {
-		err = exitStatus(code)
+	if err := tab.Flush(); err != nil || !bad {
+		return err
 	}
-	return err
+	return exitStatus(code)
 }
 
 // showList shows a line for each row, and a last one.
@@ -358,7 +352,7 @@ func cliConfig(t *terminal) error {
 // ---- handing out access
 
 func cliShare(t *terminal) error {
-	bound, port, _ := net.SplitHostPort(t.address())
+	bound, port, _ := net.SplitHostPort(t.server.Address)
 	hosts, err := t.shareHosts(bound)
 	if err = cmp.Or(t.startErr, err); err != nil {
 		return err
@@ -383,13 +377,13 @@ var hostName = regexp.MustCompile(`^([\w-]+\.)*[a-zA-Z][\w-]*$`)
 
 // shareHosts is the hosts of the URLs to print; link-local IPv6 addresses, which mean nothing without a zone, are left out.
 func (t *terminal) shareHosts(bound string) (hosts []string, err error) {
-	ip, local := t.flags["ip"], t.on("local")
+	ip := t.flags["ip"]
 	a, _ := netip.ParseAddr(cmp.Or(ip, bound))
 	switch {
 	case ip != "" && (a.Zone() != "" || a.IsUnspecified() || !a.IsValid() && !hostName.MatchString(ip)):
 		return nil, usageError(fmt.Sprintf("%q is no address or name of a host (which has no http://, no port, no zone)", ip))
 	case ip != "":
-		return []string{ip}, nil
+		bound = ip
 	case t.on("all"):
 		addresses, err := net.InterfaceAddrs()
 		for _, a := range addresses {
@@ -398,7 +392,7 @@ func (t *terminal) shareHosts(bound string) (hosts []string, err error) {
 			}
 		}
 		return hosts, err
-	case (local || a.IsUnspecified()) && bound != "::1":
+	case (t.on("local") || a.IsUnspecified()) && bound != "::1":
 		bound = "127.0.0.1"
 	}
 	return []string{bound}, nil

@@ -42,23 +42,15 @@ func holdPidFile(p paths) (*os.File, error) {
 	f, err := openTrusted(p.pid, os.O_RDWR|os.O_CREATE)
 	if _, missing := os.Lstat(p.pid); err != nil && missing != nil {
 		return nil, nil
+	} else if err != nil {
+		return nil, err
 	}
-	mine := false
-	if err == nil {
-		err = checkTrustedFile(f, true)
-	}
-	if err == nil {
-		mine, err = lockFile(f)
-	}
-	if mine {
+	mine, err := lockFile(f)
+	if err = cmp.Or(checkTrustedFile(f, true), err); err == nil && mine {
 		return f, f.Truncate(0) // what an earlier server wrote is not true of this one
 	}
 	f.Close()
-	if err == nil {
-		info, _, _ := findServer(p) // it may have just ended, or be just starting, and say nothing
-		err = fmt.Errorf("already running: pid %d, address %q", info.Pid, info.Address)
-	}
-	return nil, err
+	return nil, cmp.Or(err, errors.New("already running\nhint: aexec status"))
 }
 
 // findServer asks the kernel who holds the lock (nobody: not running), and takes the file's content only if it agrees with
@@ -107,24 +99,16 @@ func (t *terminal) startBackground() error {
 	if err != nil {
 		return fmt.Errorf("start the server: %w", err)
 	}
-	info, err := awaitServer(child, ours, t.log)
-	if err != nil {
-		return err
-	}
-	return t.started(info)
-}
-
-// awaitServer returns when the server has answered, or failed and ended.
-func awaitServer(child *os.Process, ready *os.File, log string) (info serverInfo, err error) {
 	defer time.AfterFunc(readyWait, func() { child.Kill() }).Stop() // which ends its report, too
-	if json.NewDecoder(ready).Decode(&info) != nil {
-		info.Error = "the server ended before it answered: see " + log
+	var info serverInfo
+	if json.NewDecoder(ours).Decode(&info) != nil {
+		info.Error = "the server ended before it answered: see " + t.log
 	}
 	if info.Error != "" {
 		child.Wait()
-		err = errors.New(info.Error)
+		return errors.New(info.Error)
 	}
-	return info, err
+	return t.started(info)
 }
 
 // shedKey replaces this process by itself without the key in its environment, which /proc/PID/environ shows for as long as
@@ -194,10 +178,9 @@ func portHolders(p paths, port int) map[int]string {
 	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 	for _, link := range links {
 		if target, _ := os.Readlink(link); slices.Contains(sockets, target) {
-			pid := strings.Split(link, "/")[2]
-			name, _ := os.ReadFile("/proc/" + pid + "/comm")
-			number, _ := strconv.Atoi(pid)
-			holders[number] = strings.TrimSpace(string(name))
+			pid, _ := strconv.Atoi(strings.Split(link, "/")[2])
+			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+			holders[pid] = strings.TrimSpace(string(name))
 		}
 	}
 	return holders
@@ -226,9 +209,9 @@ func cliStart(t *terminal) error {
 
 // started tells of the new server; t.server is the one that it replaces, if any.
 func (t *terminal) started(info serverInfo) error {
-	before := t.server.Address
+	moved := t.running && t.server.Address != info.Address
+	t.warnIf(moved, "the address changes from http://%s to http://%s", t.server.Address, info.Address)
 	t.server, t.running = info, true
-	t.warnIf(before != "" && before != info.Address, "the address changes from http://%s to http://%s", before, info.Address)
 	t.warn()
 	return t.show(false, 0, info, fmt.Sprintf("started: http://%s, pid %d", info.Address, info.Pid))
 }
@@ -281,20 +264,17 @@ func (t *terminal) freePort(port int) error {
 
 func cliStatus(t *terminal) error {
 	head := ""
-	last, _ := tailAudit(t.audit, 3)
-	for _, line := range last {
-		if !line.Torn {
-			head = auditHead{line.Record.Seq, auditDigest([]byte(line.Raw))}.String()
-		}
+	if last, _ := tailAudit(t.audit, 1); len(last) == 1 && !last[0].Torn {
+		head = auditHead{last[0].Record.Seq, auditDigest([]byte(last[0].Raw))}.String()
 	}
 	status := map[string]any{
 		"running": t.running, "enabled": t.start.enabled, "auditHead": head, "warnings": t.warnings(),
 		"settings": cmp.Or(t.startable(), errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
 	}
 	if info := t.server; t.running {
-		changed, uptime := changedOnDisk(t.paths, info.Restart), time.Since(info.Started).Round(time.Second)
-		maps.Copy(status, map[string]any{"pid": info.Pid, "address": info.Address, "version": info.Version, "uptime": uptime.String(),
-			"needsRestart": append([]string{}, changed...)})
+		status["pid"], status["address"], status["version"] = info.Pid, info.Address, info.Version
+		status["uptime"] = time.Since(info.Started).Round(time.Second).String()
+		status["needsRestart"] = append([]string{}, changedOnDisk(t.paths, info.Restart)...)
 	}
 	text := pick(t.running, "running", "not running\thint: aexec start")
 	for _, name := range slices.Sorted(maps.Keys(status)) {

@@ -43,7 +43,7 @@ type loaded struct {
 	plugins  []*plugin // the usable ones
 	rules    []ruleSet // theirs
 	problems []pluginProblem
-	server   serverInfo // what runs, if running
+	server   serverInfo // what runs; if nothing does, the address is where it would
 	running  bool
 
 	startErr, settingsErr, serverErr error
@@ -56,6 +56,7 @@ func load(from startupFlags) (c loaded, err error) {
 	}
 	c.server, c.running, c.serverErr = findServer(c.paths)
 	c.start, c.startErr = loadStartup(c.paths, from)
+	c.server.Address = cmp.Or(c.server.Address, net.JoinHostPort(c.start.host, strconv.Itoa(c.start.port)))
 	if c.settings, c.settingsErr = loadSettings(c.paths); c.settingsErr != nil {
 		return c, nil
 	}
@@ -80,11 +81,6 @@ func (c loaded) startable() error {
 	return err
 }
 
-// address is where the server listens, or would.
-func (c loaded) address() string {
-	return cmp.Or(c.server.Address, net.JoinHostPort(c.start.host, strconv.Itoa(c.start.port)))
-}
-
 // warnings names what makes the server, running or not, more dangerous than it need be.
 func (c loaded) warnings() []string {
 	list := []string{}
@@ -94,9 +90,9 @@ func (c loaded) warnings() []string {
 	if os.Geteuid() == 0 && (c.snap.cred == nil || c.snap.cred.Uid == 0) {
 		list = append(list, "commands run as root: set exec.user to an unprivileged user")
 	}
-	host, _, _ := net.SplitHostPort(c.address())
+	host, _, _ := net.SplitHostPort(c.server.Address)
 	if a, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !a.Unmap().IsLoopback()) {
-		list = append(list, c.address()+" is plain HTTP beyond this machine: put TLS, a VPN or a firewall in front")
+		list = append(list, c.server.Address+" is plain HTTP beyond this machine: put TLS, a VPN or a firewall in front")
 	}
 	for _, r := range c.snap.policy.rules() {
 		if why := broad(r.Rule); r.List == "allow" && why != "" {
@@ -141,24 +137,9 @@ func (t *terminal) serve() error {
 	if err := s.prepare(l.Addr().String()); err != nil {
 		return err
 	}
-	info, err := s.publish(t.paths, lock)
-	if err != nil {
+	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second)}
+	if info.Restart, err = restartState(t.paths); err != nil {
 		return err
-	}
-	t.started(info) // if the starter is gone, nobody needs it
-	go watchRestart(time.Tick(watchTime), t.paths, info.Restart, s.log)
-	err = s.serve(ctx, l)
-	why := cmp.Or(context.Cause(ctx), err)
-	err = errors.Join(err, audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
-	s.log.Printf("stopped (%v), audit head %s", why, audit.head())
-	return err
-}
-
-// publish writes the pid file (lock is nil where there can be none), records and logs the start.
-func (s *server) publish(p paths, lock *os.File) (info serverInfo, err error) {
-	info = serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second)}
-	if info.Restart, err = restartState(p); err != nil {
-		return info, err
 	}
 	record := auditRecord{Event: "server_start"}
 	if lock != nil { // else what looks left over may be the commands of a server that runs
@@ -167,9 +148,17 @@ func (s *server) publish(p paths, lock *os.File) (info serverInfo, err error) {
 		}
 		err = json.NewEncoder(lock).Encode(info)
 	}
-	err = errors.Join(err, s.audit.append(record))
-	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, s.audit.head())
-	return info, err
+	if err = errors.Join(err, audit.append(record)); err != nil {
+		return err
+	}
+	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, audit.head())
+	t.started(info) // if the starter is gone, nobody needs it
+	go watchRestart(time.Tick(watchTime), t.paths, info.Restart, s.log)
+	err = s.serve(ctx, l)
+	why := cmp.Or(context.Cause(ctx), err)
+	err = errors.Join(err, audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
+	s.log.Printf("stopped (%v), audit head %s", why, audit.head())
+	return err
 }
 
 // restartState is everything on disk that only a restart brings into force, by name.
