@@ -293,8 +293,6 @@ func each[T any](list []T, text func(T) string) []string {
 	return texts
 }
 
-func quoteWords(words []string) string { return strings.Join(each(words, strconv.Quote), " ") }
-
 func pick(yes bool, one, other string) string {
 	if yes {
 		return one
@@ -401,7 +399,7 @@ func (t *terminal) shareHosts(bound string) (hosts []string, err error) {
 // tryHosts asks for what an agent reads first. The key is not sent: another program may listen there.
 func (t *terminal) tryHosts(hosts []string, port string) (err error) {
 	for _, host := range hosts {
-		code, body, problem := probeServer(net.JoinHostPort(host, port), "/SKILL.md", nil)
+		code, body, problem := probeServer(net.JoinHostPort(host, port), "/SKILL.md")
 		if problem == nil && code != http.StatusOK {
 			problem = fmt.Errorf("the answer is %d, %.300q", code, body) // which says what to do
 		}
@@ -431,7 +429,7 @@ func cliACLCheck(t *terminal) error {
 	if d.Rule != "" {
 		by = fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
 	}
-	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %s: %s", pick(d.Allowed, "allowed", "refused"), quoteWords(t.args), by))
+	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %q: %s", pick(d.Allowed, "allowed", "refused"), t.args, by))
 }
 
 func cliACLDoctor(t *terminal) error {
@@ -484,7 +482,7 @@ func (t *terminal) sayRecord(l auditLine) {
 		return
 	}
 	r := l.Record
-	exit, what := r.Signal, quoteWords(r.Argv)
+	exit, what := r.Signal, strings.Join(each(r.Argv, strconv.Quote), " ")
 	if r.ExitCode != nil {
 		exit = strconv.Itoa(*r.ExitCode)
 	}

@@ -470,8 +470,8 @@ func TestCLIPolicy(t *testing.T) {
 	p := cliHome(t)
 	before := cliRead(t, p.settings)
 	new(cliPlay).run("acl", "list").want(t, 0, `allow  "aexec --version"  settings.json`, "")
-	new(cliPlay).run("acl", "check", "aexec", "--version").want(t, 0, `allowed: "aexec" "--version": the allow rule "aexec --version"`, "")
-	new(cliPlay).run("acl", "check", "--", "git", "status", "-s").want(t, 1, `refused: "git" "status" "-s": no rule allows it`, "")
+	new(cliPlay).run("acl", "check", "aexec", "--version").want(t, 0, `allowed: ["aexec" "--version"]: the allow rule "aexec --version"`, "")
+	new(cliPlay).run("acl", "check", "--", "git", "status", "-s").want(t, 1, `refused: ["git" "status" "-s"]: no rule allows it`, "")
 	new(cliPlay).run("acl", "add", "*").want(t, 1, "", "hint: write a narrower one, or add --force")
 	if cliRead(t, p.settings) != before {
 		t.Error("a refused rule was written")

@@ -263,13 +263,12 @@ func (t *terminal) freePort(port int) error {
 }
 
 func cliStatus(t *terminal) error {
-	head := ""
-	if last, _ := tailAudit(t.audit, 1); len(last) == 1 && !last[0].Torn {
-		head = auditHead{last[0].Record.Seq, auditDigest([]byte(last[0].Raw))}.String()
-	}
 	status := map[string]any{
-		"running": t.running, "enabled": t.start.enabled, "auditHead": head, "warnings": t.warnings(),
+		"running": t.running, "enabled": t.start.enabled, "warnings": t.warnings(),
 		"settings": cmp.Or(t.startable(), errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
+	}
+	if last, _ := tailAudit(t.audit, 1); len(last) == 1 && !last[0].Torn {
+		status["auditHead"] = auditHead{last[0].Record.Seq, auditDigest([]byte(last[0].Raw))}.String()
 	}
 	if info := t.server; t.running {
 		status["pid"], status["address"], status["version"] = info.Pid, info.Address, info.Version
