@@ -1,18 +1,19 @@
-// This file is the command line: the table of commands, their flags and help, and the way in and out.
+// This file is the command line: the table of commands, their flags and help, the way in and out, and what each command says.
 // It may read from and write to the terminal, and it alone.
-// It must not do a command's work: that is in commands.go, which is handed a terminal and asks the other rooms.
+// It must not decide, read a file or change anything itself: it asks the rooms whose job that is, and puts their answers into words.
 package main
 
 import (
 	"cmp"
+	"context"
 	"embed"
 	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
+	"net/http"
 	"net/netip"
 	"os"
 	"regexp"
@@ -20,7 +21,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
-	"unicode/utf16"
+	"time"
 )
 
 // Rules for what is said: lower case, no full stop; an error says what happened, to which file or address, and on a
@@ -36,59 +37,57 @@ type trait int
 const (
 	needsSettings trait = 1 << iota // settings.json can be read
 	needsPolicy                     // and is in force, rules and tests included
-	needsServer                     // whether a server runs can be told
+	needsName                       // --name was given
+	needsNothing                    // not even a configuration directory
 	onlyReads                       // works beneath a server's own command too
 	wraps                           // from the first argument on everything is a command, flags included
 )
 
-const (
-	manyArgs = 1 << 20 // no limit
-	maxPort  = 65535
-)
-
 // cliCommand is one command; its flags are those that its help explains. They stand before, between or after the arguments,
-// up to "--".
+// up to "--". One that does nothing (run is nil) is a group, whose help lists its commands.
 type cliCommand struct {
 	name        string
 	run         func(t *terminal) error
-	least, most int // arguments
+	least, most int // arguments; -1: any number
 	traits      trait
 }
 
 // cliCommands is the whole surface.
 func cliCommands() []cliCommand {
 	return []cliCommand{
+		{"", nil, 1, -1, onlyReads | wraps},
 		{"setup", cliSetup, 0, 0, 0},
 		{"start", cliStart, 0, 0, 0},
 		{"stop", cliStop, 0, 0, 0},
-		{"restart", cliRestart, 0, 0, needsServer},
-		{"status", cliStatus, 0, 0, needsServer | onlyReads},
+		{"restart", cliStart, 0, 0, 0},
+		{"status", cliStatus, 0, 0, onlyReads},
 		{"config", cliConfig, 0, 0, 0},
-		{"share", cliShare, 0, 0, needsServer},
+		{"share", cliShare, 0, 0, 0},
+		{"key", nil, 1, -1, onlyReads | wraps},
 		{"key rotate", cliKeyRotate, 0, 0, 0},
+		{"acl", nil, 1, -1, onlyReads | wraps},
 		{"acl list", cliACLList, 0, 0, needsPolicy | onlyReads},
-		{"acl check", cliACLCheck, 1, manyArgs, needsPolicy | onlyReads | wraps},
+		{"acl check", cliACLCheck, 1, -1, needsPolicy | onlyReads | wraps},
 		{"acl doctor", cliACLDoctor, 0, 0, needsPolicy},
 		{"acl add", cliACLEdit, 1, 1, 0},
 		{"acl remove", cliACLEdit, 1, 1, 0},
 		{"audit", cliAudit, 0, 0, 0},
 		{"audit verify", cliAuditVerify, 0, 1, onlyReads},
+		{"plugin", nil, 1, -1, onlyReads | wraps},
 		{"plugin list", cliPluginList, 0, 0, needsSettings | onlyReads},
-		{"plugin create", cliPluginMake, 0, 0, needsPolicy},
-		{"plugin enable", cliPluginEdit, 0, 0, needsSettings},
-		{"plugin disable", cliPluginEdit, 0, 0, needsSettings},
-		{"plugin remove", cliPluginEdit, 0, 0, needsSettings},
+		{"plugin create", cliPluginMake, 0, 0, needsPolicy | needsName},
+		{"plugin enable", cliPluginEdit("enable", "enabled, from the next start on"), 0, 0, needsSettings | needsName},
+		{"plugin disable", cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), 0, 0, needsSettings | needsName},
+		{"plugin remove", cliPluginEdit("remove", "removed; a restart unloads it for good"), 0, 0, needsSettings | needsName},
 		{"plugin doctor", cliPluginDoctor, 0, 0, needsSettings},
-		{"starterkit", cliPluginMake, 0, manyArgs, needsPolicy},
-		{"version", cliVersion, 0, 0, onlyReads},
-		{"help", cliHelp, 0, 2, onlyReads},
+		{"starterkit", cliPluginMake, 0, -1, needsPolicy},
+		{"version", func(t *terminal) error { return t.say("agent-exec %s", version) }, 0, 0, needsNothing | onlyReads},
 	}
 }
 
 // ---- from arguments to a command
 
-// terminal is where a command reads and writes, what it was told, and what it found: the configuration as it lies on disk,
-// what is wrong with it, and what runs.
+// terminal is where a command reads and writes, what it was told, and what it found.
 type terminal struct {
 	in              io.Reader
 	out, err        io.Writer
@@ -100,16 +99,7 @@ type terminal struct {
 	from    startupFlags      // those of them that go before .env
 	args    []string
 
-	paths       // audit is where the settings say
-	start       startup
-	startErr    error
-	settings    *settings // nil with settingsErr, as is snap
-	snap        *snapshot
-	settingsErr error
-	plugins     []*plugin
-	problems    []pluginProblem
-	server      serverInfo // where a command needs it
-	running     bool
+	loaded
 }
 
 // usageError is a command line that makes no sense (exit 2); exitStatus says all by its number.
@@ -135,6 +125,9 @@ func (t *terminal) main(args []string) int {
 		return int(status)
 	}
 	fmt.Fprintf(t.err, "aexec: %v\n", err)
+	if t.on("json") && t.command == "start" { // to the process that waits for it
+		t.show(false, 0, serverInfo{Error: err.Error()}, "")
+	}
 	if _, ok := errors.AsType[usageError](err); ok {
 		fmt.Fprintf(t.err, "\n%s", c.help())
 		return 2
@@ -142,11 +135,13 @@ func (t *terminal) main(args []string) int {
 	return 1
 }
 
-// findCommand takes the one or two words of a command off the arguments. A command without run is an error, or what a first
-// word like "acl" leads to: its help lists what there is.
-func findCommand(args []string) (c cliCommand, rest []string) {
+// findCommand takes the words of a command off the arguments: two, one, or none, where the name is "".
+func findCommand(args []string) (cliCommand, []string) {
+	if len(args) > 0 && args[0] == "help" {
+		args = append(args[1:], "--help")
+	}
 	all := cliCommands()
-	for n := min(2, len(args)); n > 0; n-- {
+	for n := min(2, len(args)); ; n-- {
 		name := strings.Join(args[:n], " ")
 		if name == "-v" || name == "--version" {
 			name = "version"
@@ -155,10 +150,6 @@ func findCommand(args []string) (c cliCommand, rest []string) {
 			return all[i], args[n:]
 		}
 	}
-	if len(args) > 0 && slices.Contains([]string{"key", "acl", "plugin"}, args[0]) {
-		return cliCommand{name: args[0]}, args[1:]
-	}
-	return c, args
 }
 
 // call runs a command.
@@ -167,90 +158,66 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 	err = t.parse(c, args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
-		_, err = io.WriteString(t.out, c.help())
-		return err
-	case c.run != nil && c.traits&onlyReads == 0 && t.beneath:
-		return fmt.Errorf("%s does not work in a command of an aexec server, which does not administer itself\nhint: the operator can run it from a shell", c.name)
+		return t.say("%s", strings.TrimSpace(c.help()))
+	case c.traits&onlyReads == 0 && t.beneath:
+		return fmt.Errorf("%s does not work beneath an aexec server, which does not administer itself\nhint: run it from a shell", c.name)
 	case err != nil:
 		return usageError(err.Error())
-	case c.run == nil && len(t.args) > 0:
-		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+t.args[0])))
-	case c.run == nil, len(t.args) < c.least:
+	case len(t.args) < c.least:
 		return usageError("something is missing")
-	case len(t.args) > c.most:
+	case c.run == nil:
+		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+t.args[0])))
+	case c.most >= 0 && len(t.args) > c.most:
 		return usageError(fmt.Sprintf("unexpected argument %q", t.args[c.most]))
+	case c.traits&needsName != 0 && t.flags["name"] == "":
+		return usageError("--name is missing")
+	case c.traits&needsNothing != 0:
+		return c.run(t)
 	}
-	if err = t.survey(); err == nil && c.traits&needsServer != 0 {
-		t.server, t.running, err = findServer(t.paths)
-	}
-	if err != nil {
+	if t.loaded, err = load(t.from); err != nil {
 		return err
 	}
 	if c.traits&needsPolicy != 0 && t.snap == nil || c.traits&needsSettings != 0 && t.settings == nil {
-		return t.settingsErr
+		return t.startable()
 	}
 	return c.run(t)
 }
 
-// parse reads flags and arguments by the command's help: each line of a flag defines it, and one that stands in the line of
-// usage must be given.
-func (t *terminal) parse(c cliCommand, args []string) (err error) {
+// parse reads flags and arguments by the command's help, where each line of a flag defines it.
+func (t *terminal) parse(c cliCommand, args []string) error {
 	set := flag.NewFlagSet(c.name, flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	help := c.help()
-	known := regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `).FindAllStringSubmatch(help, -1)
-	for _, f := range known {
-		if f[2] == "" {
+	for _, f := range regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `).FindAllStringSubmatch(c.help(), -1) {
+		switch f[2] {
+		case "":
 			set.Bool(f[1], false, "")
-		} else {
+		case " N", " P":
+			set.Uint(f[1], 0, "")
+		default:
 			set.String(f[1], "", "")
 		}
 	}
-	if t.args, err = parseFlags(set, args, c.run == nil || c.traits&wraps != 0); err != nil {
-		return err
+	for t.args = nil; ; { // package flag stops at the first argument, and we go on behind it
+		if err := set.Parse(args); err != nil {
+			return err
+		}
+		rest := set.Args()
+		parsed := len(args) - len(rest)
+		if c.traits&wraps != 0 || len(rest) == 0 || parsed > 0 && args[parsed-1] == "--" {
+			t.args = append(t.args, rest...)
+			break
+		}
+		t.args, args = append(t.args, rest[0]), rest[1:]
 	}
 	t.flags = map[string]string{}
 	set.Visit(func(f *flag.Flag) { t.flags[f.Name] = f.Value.String() })
-	usage, _, _ := strings.Cut(help, "\n")
-	for _, f := range known {
-		if t.flags[f[1]] == "" && strings.Contains(usage, " --"+f[1]+" ") {
-			return fmt.Errorf("--%s is missing", f[1])
-		}
-	}
-	t.from.host, t.from.portSet = t.flags["host"], t.flags["port"] != ""
-	if t.on("public") && t.from.host != "" {
-		return errors.New("--public and --host exclude each other")
-	} else if t.on("public") {
-		t.from.host = "0.0.0.0"
-	}
-	t.from.port, err = t.number("port", 0, maxPort)
-	return err
-}
-
-// parseFlags finds flags also behind arguments, which package flag does not.
-func parseFlags(fs *flag.FlagSet, args []string, wraps bool) (positional []string, err error) {
-	for {
-		if err := fs.Parse(args); err != nil {
-			return nil, err
-		}
-		rest := fs.Args()
-		parsed := len(args) - len(rest)
-		if wraps || len(rest) == 0 || parsed > 0 && args[parsed-1] == "--" {
-			return append(positional, rest...), nil
-		}
-		positional, args = append(positional, rest[0]), rest[1:]
-	}
+	host := cmp.Or(t.flags["host"], pick(t.on("public"), "0.0.0.0", ""))
+	port, _ := strconv.Atoi(t.flags["port"]) // package flag has seen to it that it is a number
+	t.from = startupFlags{key: handedKey(), host: host, port: port, portSet: t.flags["port"] != ""}
+	return nil
 }
 
 func (t *terminal) on(name string) bool { return t.flags[name] == "true" }
-
-func (t *terminal) number(name string, otherwise, most int) (int, error) {
-	n, err := strconv.Atoi(cmp.Or(t.flags[name], strconv.Itoa(otherwise)))
-	if err == nil && n >= 0 && n <= most {
-		return n, nil
-	}
-	return 0, usageError(fmt.Sprintf("%q is not a number from 0 to %d", t.flags[name], most))
-}
 
 // helpText is one text of skills/_help.txt.
 func helpText(name string) string {
@@ -260,17 +227,7 @@ func helpText(name string) string {
 	return text
 }
 
-func (c cliCommand) help() string  { return helpText(cmp.Or(c.name, "aexec")) }
-func cliVersion(t *terminal) error { return t.say("agent-exec %s", version) }
-
-func cliHelp(t *terminal) error {
-	c, rest := findCommand(t.args)
-	if len(rest) > 0 {
-		return usageError(fmt.Sprintf("unknown command %q", strings.Join(t.args, " ")))
-	}
-	_, err := io.WriteString(t.out, c.help())
-	return err
-}
+func (c cliCommand) help() string { return helpText(cmp.Or(c.name, "aexec")) }
 
 // ---- how it is said
 
@@ -279,17 +236,7 @@ func cliHelp(t *terminal) error {
 type escapeWriter struct{ w io.Writer }
 
 func (e escapeWriter) Write(p []byte) (int, error) {
-	var b strings.Builder
-	for _, c := range string(p) {
-		if c == '\n' || strconv.IsPrint(c) {
-			b.WriteRune(c)
-			continue
-		}
-		for _, unit := range utf16.Encode([]rune{c}) {
-			fmt.Fprintf(&b, `\u%04x`, unit)
-		}
-	}
-	_, err := io.WriteString(e.w, b.String())
+	_, err := e.w.Write(escapeAudit(p))
 	return len(p), err
 }
 
@@ -304,6 +251,12 @@ func (t *terminal) warnIf(yes bool, format string, args ...any) {
 	}
 }
 
+func (t *terminal) warn() {
+	for _, w := range t.warnings() {
+		t.warnIf(true, "%s", w)
+	}
+}
+
 // ask waits for yes; anything else, the end of input too, is a no.
 func (t *terminal) ask(question string, args ...any) bool {
 	fmt.Fprintf(t.err, question+" [y/N] ", args...)
@@ -313,21 +266,17 @@ func (t *terminal) ask(question string, args ...any) bool {
 }
 
 // show prints v if --json asks for it, else the text, its tabs made columns. It ends with the exit code if bad.
-func (t *terminal) show(bad bool, code int, v any, text string) (err error) {
+func (t *terminal) show(bad bool, code int, v any, text string) error {
 	if t.on("json") {
-		enc := json.NewEncoder(t.out)
-		enc.SetEscapeHTML(false)
-		enc.SetIndent("", "  ")
-		err = enc.Encode(v)
-	} else {
-		tab := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
-		fmt.Fprintln(tab, text)
-		err = tab.Flush()
+		data, _ := json.MarshalIndent(v, "", "  ") // these types always marshal, and without a tab
+		text = string(data)
 	}
-	if err == nil && bad {
-		err = exitStatus(code)
+	tab := tabwriter.NewWriter(t.out, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(tab, text)
+	if err := tab.Flush(); err != nil || !bad {
+		return err
 	}
-	return err
+	return exitStatus(code)
 }
 
 // showList shows a line for each row, and a last one.
@@ -344,8 +293,6 @@ func each[T any](list []T, text func(T) string) []string {
 	return texts
 }
 
-func quoteWords(words []string) string { return strings.Join(each(words, strconv.Quote), " ") }
-
 func pick(yes bool, one, other string) string {
 	if yes {
 		return one
@@ -353,15 +300,89 @@ func pick(yes bool, one, other string) string {
 	return other
 }
 
-// ---- addresses
+// ---- the configuration
+
+func cliSetup(t *terminal) error {
+	if t.inTerm && !t.on("yes") && !t.ask("create what is missing in %q?", t.dir) {
+		return errors.New("nothing was created")
+	}
+	made, kept, err := createConfig(t.paths)
+	for i, file := range append(made, kept...) {
+		t.say("%s %q", pick(i < len(made), "created", "kept   "), file)
+	}
+	if err != nil {
+		return err
+	}
+	return t.say("\nagents may run what %q allows: in a new setup, aexec --version\nnext: aexec start, then aexec share", t.paths.settings)
+}
+
+func cliKeyRotate(t *terminal) error {
+	if _, err := rotateKey(t.paths); err != nil {
+		return err
+	}
+	t.say("a new key is in %q; aexec share prints it; the old key holds until: aexec restart", t.env)
+	t.warnIf(t.start.keyInEnv, "API_KEY in the environment goes before .env: change it there too")
+	if t.on("restart") {
+		return t.call(findCommand([]string{"restart"}))
+	}
+	return nil
+}
+
+func problemText(p pluginProblem) string {
+	return fmt.Sprintf("%s in plugin %q: %s", pick(p.Warning, "warning", "error"), p.Plugin, p.Message)
+}
+
+func cliConfig(t *terminal) error {
+	files, settings := configFiles(t.paths), []settingInfo{}
+	if t.settings != nil {
+		settings = t.settings.table()
+	}
+	lines := each(files, func(f fileInfo) string {
+		return fmt.Sprintf("%q\t%s", f.Path, f.State)
+	})
+	lines = append(lines, each(settings, func(row settingInfo) string {
+		value, _ := json.Marshal(row.Value) // came from JSON
+		return fmt.Sprintf("%s\t%s\t%s", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
+	})...)
+	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
+}
+
+// ---- handing out access
+
+func cliShare(t *terminal) error {
+	bound, port, _ := net.SplitHostPort(t.server.Address)
+	hosts, err := t.shareHosts(bound)
+	if err = cmp.Or(t.startErr, err); err != nil {
+		return err
+	} else if t.on("check") {
+		return t.tryHosts(hosts, port)
+	}
+	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
+	t.warn()
+	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
+		return errors.New("the key was not shown\nhint: aexec share --show-key")
+	}
+	line := pick(t.outTerm, strings.Repeat("-", 60)+"\n", "")
+	for i, host := range hosts {
+		prompt := strings.NewReplacer("{URL}", "http://"+net.JoinHostPort(host, port), "{KEY}", t.start.key.text).Replace(helpText("prompt"))
+		fmt.Fprint(t.out, pick(i > 0, "\n", ""), line, prompt, pick(t.on("safe"), "\n"+helpText("safety notes"), ""), line)
+	}
+	return nil
+}
+
+// hostName is letters, digits, hyphens, underscores and dots. Its last label begins with a letter, or 10.0.0.256 would be one.
+var hostName = regexp.MustCompile(`^([\w-]+\.)*[a-zA-Z][\w-]*$`)
 
 // shareHosts is the hosts of the URLs to print; link-local IPv6 addresses, which mean nothing without a zone, are left out.
-func shareHosts(bound, ip string, local, all bool) (hosts []string, err error) {
+func (t *terminal) shareHosts(bound string) (hosts []string, err error) {
+	ip := t.flags["ip"]
+	a, _ := netip.ParseAddr(cmp.Or(ip, bound))
 	switch {
+	case ip != "" && (a.Zone() != "" || a.IsUnspecified() || !a.IsValid() && !hostName.MatchString(ip)):
+		return nil, usageError(fmt.Sprintf("%q is no address or name of a host (which has no http://, no port, no zone)", ip))
 	case ip != "":
-		host, err := cleanHost(ip)
-		return []string{host}, err
-	case all:
+		bound = ip
+	case t.on("all"):
 		addresses, err := net.InterfaceAddrs()
 		for _, a := range addresses {
 			if n, ok := a.(*net.IPNet); ok && (n.IP.To4() != nil || !n.IP.IsLinkLocalUnicast()) {
@@ -369,101 +390,178 @@ func shareHosts(bound, ip string, local, all bool) (hosts []string, err error) {
 			}
 		}
 		return hosts, err
-	case local && bound != "::1":
+	case (t.on("local") || a.IsUnspecified()) && bound != "::1":
 		bound = "127.0.0.1"
 	}
-	return []string{reachable(bound)}, nil
+	return []string{bound}, nil
 }
 
-// reachable is the host by which this machine reaches what listens on one.
-func reachable(host string) string {
-	if a, err := netip.ParseAddr(host); host == "" || err == nil && a.IsUnspecified() {
-		return "127.0.0.1"
-	}
-	return host
-}
-
-// cleanHost accepts an address, IPv6 with or without brackets, or a host name (RFC 1123; its last label begins with a
-// letter, or 10.0.0.256 would be a name), and nothing else: the text goes into a URL.
-func cleanHost(text string) (string, error) {
-	bare := strings.TrimSuffix(strings.TrimPrefix(text, "["), "]")
-	if a, err := netip.ParseAddr(bare); err == nil && a.Zone() == "" && !a.IsUnspecified() && (bare == text || "["+bare+"]" == text && a.Is6()) {
-		return a.String(), nil
-	}
-	const maxHostName = 253 // characters, RFC 1035
-	name := regexp.MustCompile(`^([a-zA-Z0-9_]([a-zA-Z0-9_-]{0,61}[a-zA-Z0-9])?\.)*[a-zA-Z]([a-zA-Z0-9-]{0,61}[a-zA-Z0-9])?\.?$`)
-	if len(text) <= maxHostName && name.MatchString(text) {
-		return text, nil
-	}
-	return "", usageError(fmt.Sprintf("%q is no address or name of a host (which has no http://, no port, no zone)", text))
-}
-
-// ---- what there is
-
-func (t *terminal) survey() (err error) {
-	if t.paths, err = configPaths(); err != nil {
-		return err
-	}
-	t.start, t.startErr = loadStartup(t.paths, t.from)
-	if t.settings, t.settingsErr = loadSettings(t.paths); t.settingsErr != nil {
-		if errors.Is(t.settingsErr, fs.ErrNotExist) {
-			t.settingsErr = fmt.Errorf("%w\nhint: aexec setup", t.settingsErr)
+// tryHosts asks for what an agent reads first. The key is not sent: another program may listen there.
+func (t *terminal) tryHosts(hosts []string, port string) (err error) {
+	for _, host := range hosts {
+		code, body, problem := probeServer(net.JoinHostPort(host, port), "/SKILL.md")
+		if problem == nil && code != http.StatusOK {
+			problem = fmt.Errorf("the answer is %d, %.300q", code, body) // which says what to do
 		}
-		return nil
-	}
-	t.plugins, t.problems = loadPlugins(t.paths, t.settings)
-	store, err := openStore(t.paths, pluginRules(t.plugins))
-	if t.settingsErr = err; err == nil {
-		t.snap, _, t.settingsErr = store.current()
-	}
-	t.audit = cmp.Or(t.settings.AuditFile, t.audit)
-	return nil
-}
-
-// address is where the server listens, or would.
-func (t *terminal) address() string {
-	return cmp.Or(t.server.Address, net.JoinHostPort(t.start.host, strconv.Itoa(t.start.port)))
-}
-
-// changed names what is different on disk from what the server was started with.
-func (t *terminal) changed() []string {
-	onDisk, err := restartState(t.paths)
-	if err != nil || !t.running {
-		return nil // the error is among those of the settings
-	}
-	return changedNames(t.server.Restart, onDisk)
-}
-
-// warnings names what makes the server more dangerous than it need be. One that does not run does not run as root.
-func (t *terminal) warnings() []string {
-	if t.snap == nil {
-		return nil
-	}
-	return each(startWarnings(t.address(), t.snap), func(w string) string {
-		if rest, ok := strings.CutPrefix(w, "it runs as root, and so does"); ok && !t.running {
-			return "started by root, it would run as root, and so would" + rest
+		if problem != nil {
+			err = exitStatus(1)
 		}
-		return w
-	})
-}
-
-func problemText(p pluginProblem) string {
-	return fmt.Sprintf("%s in plugin %q: %s", pick(p.Warning, "warning", "error"), p.Plugin, p.Message)
-}
-
-// pluginErrors is what of the problems keeps a server from starting.
-func pluginErrors(problems []pluginProblem) (err error) {
-	for _, p := range problems {
-		if !p.Warning {
-			err = errors.Join(err, errors.New(problemText(p)))
-		}
+		t.say("http://%s: %v", net.JoinHostPort(host, port), cmp.Or(problem, errors.New("ok")))
 	}
 	return err
 }
 
-func pluginRules(plugins []*plugin) (rules []ruleSet) {
-	for _, pl := range plugins {
-		rules = append(rules, pl.Rules)
+// ---- the policy
+
+func cliACLList(t *terminal) error {
+	return showList(t, false, t.snap.policy.rules(), "deny\teverything else", func(r listedRule) string {
+		rule, _ := r.Rule.MarshalJSON() // strings always marshal
+		return fmt.Sprintf("%s\t%s\t%s", r.List, rule, r.Source)
+	})
+}
+
+func cliACLCheck(t *terminal) error {
+	if err := checkArgv(t.args); err != nil {
+		return err
 	}
-	return rules
+	_, d := t.snap.policy.decide(t.args)
+	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %q: %s", pick(d.Allowed, "allowed", "refused"), t.args, d.why()))
+}
+
+func cliACLDoctor(t *terminal) error {
+	found := t.snap.policy.lint()
+	last := fmt.Sprintf("%d found; a deny list is a seat belt, the allow list is the boundary", len(found))
+	return showList(t, t.on("strict") && len(found) > 0, found, last, func(f finding) string {
+		return fmt.Sprintf("%s\t%q\t%s\t%s (%s)", f.List, f.Rule, f.Source, f.Message, f.Code)
+	})
+}
+
+// cliACLEdit adds or removes a rule. What begins like an array of strings must be one; `[ -f *` does not.
+func cliACLEdit(t *terminal) error {
+	r, list, remove := ruleSpec{Text: t.args[0]}, pick(t.on("deny"), "deny", "allow"), t.command == "acl remove"
+	if strings.HasPrefix(r.Text, `["`) {
+		if err := json.Unmarshal([]byte(r.Text), &r.Argv); err != nil {
+			return usageError(fmt.Sprintf("%q is not a JSON array of strings: %v", r.Text, err))
+		}
+		r.Text = ""
+	}
+	rule, _ := r.MarshalJSON() // strings always marshal
+	if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
+		return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", rule, why)
+	}
+	if err := editRules(t.paths, list, r, remove, t.rules); err != nil {
+		return err
+	}
+	return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, rule)
+}
+
+// ---- the audit log
+
+const auditRow = "%6v  %-24v  %-17v  %-8v  %5v  %-15v  %s"
+
+func cliAudit(t *terminal) error {
+	if !t.on("json") {
+		t.say(auditRow, "SEQ", "TIME", "EVENT", "DECISION", "EXIT", "IP", "COMMAND")
+	}
+	shown, _ := strconv.Atoi(cmp.Or(t.flags["n"], "20"))
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	if !t.on("f") {
+		cancel() // what is there, and no more
+	}
+	return followAudit(ctx, t.audit, shown, t.sayRecord)
+}
+
+func (t *terminal) sayRecord(l auditLine) {
+	if l.Torn || t.on("json") {
+		t.say("%s", l.Raw)
+		return
+	}
+	r := l.Record
+	exit, what := r.Signal, strings.Join(each(r.Argv, strconv.Quote), " ")
+	if r.ExitCode != nil {
+		exit = strconv.Itoa(*r.ExitCode)
+	}
+	if why := cmp.Or(r.DenialReason, r.Reason); why != "" {
+		what += fmt.Sprintf(" (%q)", why)
+	}
+	t.say(auditRow, r.Seq, r.Timestamp, r.Event, r.ACLDecision, exit, r.SourceIP, strings.TrimSpace(what))
+}
+
+func cliAuditVerify(t *terminal) error {
+	var want *auditHead
+	if text := t.flags["head"]; text != "" {
+		head, err := parseAuditHead(text)
+		if err != nil {
+			return usageError(err.Error())
+		}
+		want = &head
+	}
+	file := cmp.Or(strings.Join(t.args, ""), t.audit)
+	r, err := verifyAudit(file, want)
+	if err == nil && r.Broken > 0 {
+		err = fmt.Errorf("%q is broken at line %d: %s", file, r.Broken, r.Why)
+	}
+	if err != nil {
+		return err
+	}
+	return t.say("ok: %d records\nbegins at %d, torn lines (kept and covered): %d, alarms (audit_broken records): %d\nhead %s",
+		r.Records, r.Begins, r.Torn, r.Alarms, r.Head)
+}
+
+// ---- plugins
+
+func cliPluginList(t *terminal) error {
+	infos, _ := surveyPlugins(t.paths, t.settings)
+	return showList(t, false, infos, fmt.Sprintf("%d plugins", len(infos)), func(i *plugin) string {
+		state := pick(i.Broken, "broken", pick(i.Enabled, "enabled", "disabled"))
+		return fmt.Sprintf("%q\t%s\t%s\t%q\t%q", i.Name, i.Type, state, i.Command, i.Description)
+	})
+}
+
+// cliPluginEdit makes the command that does one thing to the plugin --name, and says so.
+func cliPluginEdit(action, done string) func(*terminal) error {
+	return func(t *terminal) error {
+		if err := editPlugin(t.paths, t.settings, t.flags["name"], action); err != nil {
+			return err
+		}
+		return t.say("plugin %q: %s", t.flags["name"], done)
+	}
+}
+
+func cliPluginDoctor(t *terminal) error {
+	bad := slices.ContainsFunc(t.problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
+	return showList(t, bad, t.problems, fmt.Sprintf("%d found", len(t.problems)), problemText)
+}
+
+// cliPluginMake is plugin create and starterkit: each tool is asked about itself, and its settings are shown for review.
+func cliPluginMake(t *terminal) error {
+	r, err := newRunner(t.dir)
+	if err != nil {
+		return err
+	}
+	progress := func(made pluginOrder, failed error) {
+		if failed != nil {
+			fmt.Fprintf(t.err, "aexec: %q: %v\n", made.Name, failed)
+			err = exitStatus(1)
+			return
+		}
+		t.say("%q: %s, asked for %s", made.Command, pick(made.Found, "found", "not found"), made.Took.Round(time.Millisecond))
+		if made.Settings != "" {
+			review := pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made.Settings))
+			t.say("created the plugin %q in %q; once its rules are reviewed: aexec restart%s", made.Name, t.paths.plugins, review)
+		}
+	}
+	probe, names := toolProbe(context.Background(), r, t.snap), t.args
+	if t.command == "plugin create" {
+		progress(createPlugin(t.paths, pluginOrder{Name: t.flags["name"], Command: t.flags["command"], Type: cmp.Or(t.flags["type"], "skill"), Force: t.on("force")}, probe))
+		return err
+	}
+	if len(names) == 0 {
+		names = strings.Fields(starterTools)
+	}
+	for _, name := range names {
+		progress(createPlugin(t.paths, pluginOrder{Name: name, Command: name, Type: "skill", Force: t.on("force"), MustBe: true}, probe))
+	}
+	return err
 }

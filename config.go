@@ -28,6 +28,7 @@ import (
 
 const (
 	maxConfigBytes = 1 << 20                        // a configuration file is smaller than this
+	maxKeyChars    = 4096                           // so that it fits into a request's head, and into any pipe
 	minKeyChars    = 16                             // of an API key; one that we make is 32 random bytes in hex
 	defaultPath    = "/usr/local/bin:/usr/bin:/bin" // of commands, when the server has no usable PATH
 	redactedKey    = "[API_KEY]"
@@ -54,8 +55,8 @@ type keySecret struct {
 }
 
 func newAPIKey(text string) (*apiKey, error) {
-	if len(text) < minKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return nil, fmt.Errorf("the API_KEY needs %d or more characters of printable ASCII, without spaces: run aexec key rotate", minKeyChars)
+	if len(text) < minKeyChars || len(text) > maxKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
+		return nil, fmt.Errorf("the API_KEY needs %d to %d characters of printable ASCII, without spaces: run aexec key rotate", minKeyChars, maxKeyChars)
 	}
 	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
 }
@@ -283,9 +284,9 @@ func lookupCredential(name string) (*credential, error) {
 	return c, nil
 }
 
-// openTrusted opens for reading: never through a link, never waiting (a FIFO), never taking a terminal.
+// openTrusted opens a file (one that the flags create is private): never through a link, never waiting (a FIFO), never taking a terminal.
 func openTrusted(path string, flags int) (*os.File, error) {
-	f, err := os.OpenFile(path, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0)
+	f, err := os.OpenFile(path, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0o600)
 	if info, e := os.Lstat(path); err != nil && e == nil && info.Mode()&fs.ModeSymlink != 0 {
 		return nil, fmt.Errorf("%s is a symbolic link: put the real thing in its place", path)
 	}

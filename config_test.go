@@ -293,7 +293,7 @@ func TestRotateKey(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if got := configRead(t, p.env); got != fmt.Sprintf(after, key.text) || len(key.text) != 52 {
+		if got := configRead(t, p.env); got != fmt.Sprintf(after, key.text) || len(key.text) != 64 {
 			t.Errorf("%q became %q, want %q", before, got, after)
 		}
 		if s, err := loadStartup(p, startupFlags{}); err != nil || !s.key.matches(key.text) {

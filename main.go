@@ -6,6 +6,7 @@ package main
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log"
@@ -15,6 +16,7 @@ import (
 	"os"
 	"os/signal"
 	"slices"
+	"strconv"
 	"syscall"
 	"time"
 )
@@ -25,133 +27,138 @@ const (
 )
 
 func main() {
-	if launched() { // to become a command with limits, and could not
+	if launched() || hideProcess() != nil { // it could not become a command with limits, or keep others out before it has a key
 		os.Exit(126)
 	}
-	hideProcess() // before anything reads the key; serve asks again, and minds if it fails
 	os.Exit(cli(os.Args[1:]))
 }
 
-// serve is the server's whole life. Every error before it answers also reaches the process that started it in the background.
-func serve(p paths, f startupFlags, logger *log.Logger) error {
-	ready, key, err := takeHandover()
-	f.key = key
-	if err = errors.Join(err, hideProcess()); err == nil {
-		err = serveUntilSignal(p, f, ready, logger)
+// loaded is the configuration as it lies on disk, and what is wrong with it. A server starts from it, and commands look at it.
+type loaded struct {
+	paths              // audit is where the settings say
+	start    startup   // of no use with startErr
+	settings *settings // nil if the file cannot be read; with any settingsErr snap is
+	store    *store
+	snap     *snapshot
+	plugins  []*plugin // the usable ones
+	rules    []ruleSet // theirs
+	problems []pluginProblem
+	server   serverInfo // what runs; if nothing does, the address is where it would
+	running  bool
+
+	startErr, settingsErr, serverErr error
+}
+
+// load goes on after an error, as most commands have a use for the rest; its own is that there can be no directory.
+func load(from startupFlags) (c loaded, err error) {
+	if c.paths, err = configPaths(); err != nil {
+		return c, err
 	}
-	if err != nil { // not in a panic, which says nothing and is the log's
-		serverInfo{Error: err.Error()}.writeTo(ready)
+	c.server, c.running, c.serverErr = findServer(c.paths)
+	c.start, c.startErr = loadStartup(c.paths, from)
+	c.server.Address = cmp.Or(c.server.Address, net.JoinHostPort(c.start.host, strconv.Itoa(c.start.port)))
+	if c.settings, c.settingsErr = loadSettings(c.paths); c.settingsErr != nil {
+		return c, nil
+	}
+	c.audit = c.settings.AuditFile
+	c.plugins, c.problems = loadPlugins(c.paths, c.settings)
+	for _, pl := range c.plugins {
+		c.rules = append(c.rules, pl.Rules)
+	}
+	c.store, c.settingsErr = openStore(c.paths, c.rules)
+	c.snap = c.store.snapshot
+	return c, nil
+}
+
+// startable says all that keeps a server from starting.
+func (c loaded) startable() error {
+	err := errors.Join(c.startErr, c.settingsErr, c.serverErr)
+	for _, p := range c.problems {
+		if !p.Warning {
+			err = errors.Join(err, errors.New(problemText(p)))
+		}
 	}
 	return err
 }
 
-// serveUntilSignal loads, holds the directory, listens, says so to ready (nil in the foreground), and answers.
-func serveUntilSignal(p paths, f startupFlags, ready *os.File, logger *log.Logger) error {
-	start, err := loadStartup(p, f)
-	if err != nil {
-		return err
+// warnings names what makes the server, running or not, more dangerous than it need be.
+func (c loaded) warnings() []string {
+	list := []string{}
+	if c.snap == nil {
+		return list
 	}
-	if start.keyInEnv {
-		return shedKey(start.key, ready)
+	if os.Geteuid() == 0 && (c.snap.cred == nil || c.snap.cred.Uid == 0) {
+		list = append(list, "commands run as root: set exec.user to an unprivileged user")
+	}
+	host, _, _ := net.SplitHostPort(c.server.Address)
+	if a, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !a.Unmap().IsLoopback()) {
+		list = append(list, c.server.Address+" is plain HTTP beyond this machine: put TLS, a VPN or a firewall in front")
+	}
+	for _, r := range c.snap.policy.rules() {
+		if why := broad(r.Rule); r.List == "allow" && why != "" {
+			list = append(list, fmt.Sprintf("the allow rule %q (%s) is broad: %s", r.Rule, r.Source, why))
+		}
+	}
+	return list
+}
+
+// serve is the whole life of a server in this process: it holds the directory, listens, says so, and answers until a signal.
+func (t *terminal) serve() error {
+	if t.start.keyInEnv {
+		return shedKey(t.start.key)
 	}
 	// What nobody has a use for is caught and dropped: if it were ignored, it would be so in every command, too.
-	dropped, ends := []os.Signal{syscall.SIGPIPE, syscall.SIGHUP}, []os.Signal{syscall.SIGTERM, syscall.SIGINT}
-	if ready == nil {
-		dropped, ends = dropped[:1], append(ends, syscall.SIGHUP) // the terminal's end
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP)
+	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
+	if !t.on("json") {
+		ends = append(ends, syscall.SIGHUP) // the terminal's end
 	}
-	signal.Notify(make(chan os.Signal, 1), dropped...)
 	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	lock, err := holdPidFile(p)
+	lock, err := holdPidFile(t.paths)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	s, err := assemble(p, start, logger)
+	audit, err := openAudit(t.audit, t.settings.AuditEnabled, t.start.key)
 	if err != nil {
 		return err
 	}
-	defer s.audit.close() // before the pid file: who can lock that can lock both
-	l, err := listen(start.host, start.port)
+	defer audit.close() // before the pid file: who can lock that can lock both
+	s := &server{start: t.start, store: t.store, audit: audit, plugins: t.plugins, auditFile: t.audit}
+	s.log = log.New(t.err, "", log.LstdFlags)
+	l, err := listen(t.start.host, t.start.port)
 	if err != nil {
 		return err
 	}
-	s.runner, err = newRunner(p.dir)
-	onDisk, diskErr := restartState(p)
-	if err := errors.Join(err, diskErr); err != nil {
+	if s.runner, err = newRunner(t.dir); err != nil {
 		return err
 	}
 	if err := s.prepare(l.Addr().String()); err != nil {
 		return err
 	}
-	info := serverInfo{Pid: os.Getpid(), Address: l.Addr().String(), Version: version, Started: time.Now().UTC().Truncate(time.Second), Restart: onDisk}
-	if err := s.started(info, lock); err != nil {
+	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second)}
+	if info.Restart, err = restartState(t.paths); err != nil {
 		return err
 	}
-	info.writeTo(ready) // if the starter is gone, nobody needs it
-	ready.Close()
-	go watchRestart(time.Tick(watchTime), p, onDisk, logger)
-	err = s.serve(ctx, l)
-	why := cmp.Or(context.Cause(ctx), err)
-	err = errors.Join(err, s.audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
-	logger.Printf("stopped (%v), audit head %s", why, s.audit.head())
-	return err
-}
-
-// started records, publishes and logs the start.
-func (s *server) started(info serverInfo, lock *os.File) (err error) {
 	record := auditRecord{Event: "server_start"}
-	if lock == nil { // what looks left over may be the commands of a server that runs
-		s.log.Print("warning: there can be no pid file: status and stop will not find this server")
-	} else {
+	if lock != nil { // else what looks left over may be the commands of a server that runs
 		if n := s.runner.endLeftovers(); n > 0 {
 			record.Reason = fmt.Sprintf("ended %d processes that a crashed server left", n)
 		}
-		err = info.writeTo(lock)
+		err = json.NewEncoder(lock).Encode(info)
 	}
-	err = errors.Join(err, s.audit.append(record))
-	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, s.audit.head())
-	if snap, _, err := s.store.current(); err == nil {
-		for _, warning := range startWarnings(info.Address, snap) {
-			s.log.Print("warning: ", warning)
-		}
+	if err = errors.Join(err, audit.append(record)); err != nil {
+		return err
 	}
+	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, audit.head())
+	t.started(info) // if the starter is gone, nobody needs it
+	go watchRestart(time.Tick(watchTime), t.paths, info.Restart, s.log)
+	err = s.serve(ctx, l)
+	why := cmp.Or(context.Cause(ctx), err)
+	err = errors.Join(err, audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
+	s.log.Printf("stopped (%v), audit head %s", why, audit.head())
 	return err
-}
-
-// assemble loads all that a server needs before it listens.
-func assemble(p paths, start startup, logger *log.Logger) (*server, error) {
-	plain, err := loadSettings(p)
-	if err != nil {
-		return nil, err
-	}
-	plugins, problems := loadPlugins(p, plain)
-	if err := pluginErrors(problems); err != nil {
-		return nil, err
-	}
-	store, err := openStore(p, pluginRules(plugins))
-	if err != nil {
-		return nil, err
-	}
-	audit, err := openAudit(cmp.Or(plain.AuditFile, p.audit), plain.AuditEnabled, start.key)
-	return &server{start: start, store: store, audit: audit, plugins: plugins, log: logger, auditFile: p.audit}, err
-}
-
-// startWarnings names what makes this server more dangerous than it need be; for the log and for status.
-func startWarnings(address string, snap *snapshot) (warnings []string) {
-	if os.Geteuid() == 0 && (snap.cred == nil || snap.cred.Uid == 0) {
-		warnings = append(warnings, "it runs as root, and so does every command: set exec.user to an unprivileged user")
-	}
-	host, _, _ := net.SplitHostPort(address)
-	if a, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !a.Unmap().IsLoopback()) {
-		warnings = append(warnings, fmt.Sprintf("it listens on %s in plain HTTP, beyond this machine: put TLS, a VPN or a firewall in front", address))
-	}
-	for _, r := range snap.policy.rules() {
-		if why := broad(r.Rule); r.List == "allow" && why != "" {
-			warnings = append(warnings, fmt.Sprintf("the allow rule %q (%s) is broad: %s", r.Rule, r.Source, why))
-		}
-	}
-	return warnings
 }
 
 // restartState is everything on disk that only a restart brings into force, by name.
@@ -162,28 +169,26 @@ func restartState(p paths) (map[string]string, error) {
 	return state, err
 }
 
-// watchRestart logs, once, each value on disk that has come to differ from the one in force.
-func watchRestart(tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
-	seen := inForce
-	for range tick {
-		onDisk, err := restartState(p)
-		if err != nil {
-			continue // an unusable settings.json is reported where it is read
-		}
-		for _, name := range changedNames(seen, onDisk) {
-			if onDisk[name] != inForce[name] {
-				logger.Printf("%q has changed on disk: it takes effect with aexec restart", name)
-			}
-		}
-		seen = onDisk
+// changedOnDisk names, sorted, what is not as it was when a server was started: values that differ, and those that only one
+// side has. There are none while settings.json cannot be read, which is reported elsewhere, or the server has not said.
+func changedOnDisk(p paths, inForce map[string]string) []string {
+	onDisk, err := restartState(p)
+	if err != nil || inForce == nil {
+		return nil
 	}
+	all := maps.Clone(onDisk)
+	maps.Copy(all, inForce)
+	maps.DeleteFunc(all, func(name, _ string) bool { return inForce[name] == onDisk[name] })
+	return slices.Sorted(maps.Keys(all))
 }
 
-// changedNames lists, sorted, the names whose values differ, those that only one side has included; none for a server that
-// has not said yet what it started with.
-func changedNames(before, now map[string]string) []string {
-	all := maps.Clone(now)
-	maps.Copy(all, before)
-	maps.DeleteFunc(all, func(name, _ string) bool { return before == nil || before[name] == now[name] })
-	return slices.Sorted(maps.Keys(all))
+// watchRestart logs what waits for a restart, whenever that becomes something else.
+func watchRestart(tick <-chan time.Time, p paths, inForce map[string]string, logger *log.Logger) {
+	var said []string
+	for range tick {
+		if changed := changedOnDisk(p, inForce); len(changed) > 0 && !slices.Equal(changed, said) {
+			logger.Printf("changed on disk, and in force only after aexec restart: %q", changed)
+			said = changed
+		}
+	}
 }

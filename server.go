@@ -578,19 +578,15 @@ func (c *call) readArgs() ([]string, *apiError) {
 	return parseExecBody(data)
 }
 
-// probeServer asks a server for one path, with a key or (nil) without, and gives the status and the beginning of the body.
-func probeServer(address, path string, key *apiKey) (code int, body []byte, err error) {
+// probeServer asks a server for one path, and gives the status and the beginning of the body.
+func probeServer(address, path string) (code int, body []byte, err error) {
 	conn, err := net.DialTimeout("tcp", address, probeTime)
 	if err != nil {
 		return 0, nil, err
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(probeTime))
-	header := ""
-	if key != nil {
-		header = "X-API-Key: " + key.text + "\r\n"
-	}
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\n%sConnection: close\r\n\r\n", path, address, header) // an error shows in the answer
+	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", path, address) // an error shows in the answer
 	r, err := http.ReadResponse(bufio.NewReader(conn), nil)
 	if err != nil {
 		return 0, nil, err
