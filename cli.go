@@ -21,6 +21,7 @@ import (
 	"strings"
 	"text/tabwriter"
 	"unicode/utf16"
+	"unicode/utf8"
 )
 
 // Rules for what is said: lower case, no full stop; an error says what happened, to which file or address, and on a
@@ -279,17 +280,17 @@ func cliHelp(t *terminal) error {
 type escapeWriter struct{ w io.Writer }
 
 func (e escapeWriter) Write(p []byte) (int, error) {
-	var b strings.Builder
+	out := make([]byte, 0, len(p))
 	for _, c := range string(p) {
 		if c == '\n' || strconv.IsPrint(c) {
-			b.WriteRune(c)
+			out = utf8.AppendRune(out, c)
 			continue
 		}
 		for _, unit := range utf16.Encode([]rune{c}) {
-			fmt.Fprintf(&b, `\u%04x`, unit)
+			out = fmt.Appendf(out, `\u%04x`, unit)
 		}
 	}
-	_, err := io.WriteString(e.w, b.String())
+	_, err := e.w.Write(out)
 	return len(p), err
 }
 

@@ -185,12 +185,10 @@ func cliStatus(t *terminal) error {
 // facts is what lies on disk, what is wrong with it, and what runs.
 func (t *terminal) facts() map[string]any {
 	head, valid := "", errors.New("valid")
-	last, _ := tailAudit(t.audit, 3)
-	for _, line := range last {
-		if !line.Torn {
-			head = auditHead{line.Record.Seq, auditDigest([]byte(line.Raw))}.String()
-		}
-	}
+	readAudit(t.audit, 3, false, func(l auditLine) error { // no log, no head
+		head = pick(l.Torn, head, l.Head.String())
+		return nil
+	})
 	facts := map[string]any{
 		"enabled": t.start.enabled, "startup": cmp.Or(t.startErr, valid).Error(), "settings": cmp.Or(t.settingsErr, valid).Error(),
 		"plugins": each(t.plugins, func(p *plugin) string { return p.Name }), "pluginProblems": each(t.problems, problemText),
@@ -348,28 +346,22 @@ func cliAudit(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	show := func(l auditLine) { t.say("%s", l.Raw) }
+	show := func(l auditLine) error { return t.say("%s", l.Raw) }
 	if !t.on("json") {
 		show = t.sayRecord
 		t.say(auditRow, "SEQ", "TIME", "EVENT", "DECISION", "EXIT", "DURATION", "IP", "COMMAND")
 	}
-	ctx, cancel := context.WithCancel(context.Background())
-	defer cancel()
-	if !t.on("f") {
-		cancel() // what is there, and no more
-	}
-	err = followAudit(ctx, t.audit, n, show)
+	err = readAudit(t.audit, n, t.on("f"), show)
 	if errors.Is(err, fs.ErrNotExist) {
 		err = fmt.Errorf("nothing is recorded yet: %w\nhint: aexec start", err)
 	}
 	return err
 }
 
-func (t *terminal) sayRecord(l auditLine) {
+func (t *terminal) sayRecord(l auditLine) error {
 	r := l.Record
 	if l.Torn {
-		t.say("  torn: %q", l.Raw)
-		return
+		return t.say("  torn: %q", l.Raw)
 	}
 	exit, took, what := r.Signal, "", quoteWords(r.Argv)
 	if r.ExitCode != nil {
@@ -381,28 +373,19 @@ func (t *terminal) sayRecord(l auditLine) {
 	if why := cmp.Or(r.DenialReason, r.Reason); why != "" {
 		what += fmt.Sprintf(" (%q)", why)
 	}
-	t.say(auditRow, r.Seq, r.Timestamp, r.Event, r.ACLDecision, exit, took, r.SourceIP, strings.TrimSpace(what))
+	return t.say(auditRow, r.Seq, r.Timestamp, r.Event, r.ACLDecision, exit, took, r.SourceIP, strings.TrimSpace(what))
 }
 
 func cliAuditVerify(t *terminal) error {
-	var want *auditHead
-	if text := t.flags["head"]; text != "" {
-		head, err := parseAuditHead(text)
-		if err != nil {
-			return usageError(err.Error())
-		}
-		want = &head
+	head := t.flags["head"]
+	if head != "" && !auditHeadForm.MatchString(head) {
+		return usageError(fmt.Sprintf("%q is not a head: write SEQ:DIGEST as `aexec status` and `aexec audit verify` print it", head))
 	}
-	file := cmp.Or(strings.Join(t.args, ""), t.audit)
-	r, err := verifyAudit(file, want)
-	if err == nil && r.Broken > 0 {
-		err = fmt.Errorf("%q is broken at line %d: %s", file, r.Broken, r.Why)
-	}
+	r, err := verifyAudit(cmp.Or(strings.Join(t.args, ""), t.audit), head)
 	if err != nil {
 		return err
 	}
-	return t.say("ok: %d records\nbegins at %d, torn lines (kept and covered): %d, alarms (audit_broken records): %d\nhead %s",
-		r.Records, r.Begins, r.Torn, r.Alarms, r.Head)
+	return t.say("ok: %d records\nbegins at %d, torn lines (kept and covered): %d\nhead %s", r.Records, r.Begins, r.Torn, r.Head)
 }
 
 // ---- plugins
