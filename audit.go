@@ -211,8 +211,8 @@ func (l *auditLog) takeUp(f *os.File, info os.FileInfo) error {
 	return nil
 }
 
-// write appends one line with one write(2). It is on disk as far as the kernel promises without fsync(2), which would cost milliseconds a record:
-// it outlives this process, not a power cut. What a failed write left is cut off again; where that cannot be done it stays as a torn line.
+// write appends one line with one write(2). It is on disk as far as the kernel promises without fsync(2), which would cost
+// milliseconds: it outlives this process, not a power cut. What a failed write left is cut off again, or else stays as a torn line.
 func (l *auditLog) write(r auditRecord) error {
 	l.clean(&r)
 	r.Seq, r.Timestamp, r.Prev = l.last.Seq+1, l.now().UTC().Format(auditTime), l.prev

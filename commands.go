@@ -291,7 +291,7 @@ func (t *terminal) tryHosts(hosts []string, port string) (err error) {
 // ---- the policy
 
 func cliACLList(t *terminal) error {
-	return showList(t, false, t.snap.policy.rules(), "deny\teverything else", func(r listedRule) string {
+	return showList(t, false, t.snap.policy.rules(), "deny\teverything else", func(r *rule) string {
 		rule, _ := r.Rule.MarshalJSON() // strings always marshal
 		return fmt.Sprintf("%s\t%s\t%s", r.List, rule, r.Source)
 	})
@@ -313,8 +313,7 @@ func cliACLDoctor(t *terminal) error {
 	found := t.snap.policy.lint()
 	last := fmt.Sprintf("%d found; a deny list is a seat belt, the allow list is the boundary", len(found))
 	return showList(t, t.on("strict") && len(found) > 0, found, last, func(f finding) string {
-		about := fmt.Sprintf("%s rule %q of %s: ", f.List, f.Rule, f.Source)
-		return fmt.Sprintf("%s%s (%s)", pick(f.Rule != "", about, ""), f.Message, f.Code)
+		return fmt.Sprintf("%s rule %q of %s: %s (%s)", f.List, f.Rule, f.Source, f.Message, f.Code)
 	})
 }
 
