@@ -14,7 +14,6 @@ import (
 	"io"
 	"math"
 	"os"
-	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -29,13 +28,9 @@ const (
 	maxAuthFailures  = 10                     // records a second
 	auditPatience    = 100 * time.Millisecond // for a FIFO that does not take a record
 	auditPoll        = 250 * time.Millisecond // between two looks at a followed log
-	auditTime        = "2006-01-02T15:04:05.000Z"
 )
 
-var (
-	noPrev        = strings.Repeat("0", 2*sha256.Size) // stands in the first record of a chain
-	auditHeadForm = regexp.MustCompile(`^[0-9]+:[0-9a-f]{64}$`)
-)
+var noPrev = strings.Repeat("0", 2*sha256.Size) // stands in the first record of a chain
 
 // auditRecord is one line; the order of the fields is the order in the file.
 type auditRecord struct {
@@ -99,10 +94,7 @@ func openAudit(file string, enabled bool, key *apiKey) (*auditLog, error) {
 func (l *auditLog) reconfigure(file string, enabled bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if !enabled {
-		file = ""
-	}
-	if file == l.file {
+	if file = pick(enabled, file, ""); file == l.file {
 		return nil
 	}
 	l.f.Close() // here and below: a nil file only says that it is none
@@ -193,20 +185,18 @@ func (l *auditLog) takeUp(f *os.File, info os.FileInfo) error {
 		return err
 	}
 	l.unended = len(torn) > 0
-	if l.info != nil {
-		if os.SameFile(info, l.info) || info.Size() > 0 {
-			l.alarm = cmp.Or(l.alarm, fmt.Sprintf("somebody else changed the log: it had %d bytes and has %d", l.info.Size(), info.Size()))
+	if l.info == nil {
+		for _, line := range slices.Backward(append(lines, torn)) {
+			if a := parseAuditLine(line); !a.Torn {
+				l.last, l.prev = a.Head, a.Head.Digest
+				break
+			}
 		}
-		return nil
-	}
-	for _, line := range slices.Backward(append(lines, torn)) {
-		if a := parseAuditLine(line); !a.Torn {
-			l.last, l.prev = a.Head, a.Head.Digest
-			break
+		if l.unended {
+			l.prev = auditDigest(torn)
 		}
-	}
-	if l.unended {
-		l.prev = auditDigest(torn)
+	} else if os.SameFile(info, l.info) || info.Size() > 0 {
+		l.alarm = cmp.Or(l.alarm, fmt.Sprintf("somebody else changed the log: it had %d bytes and has %d", l.info.Size(), info.Size()))
 	}
 	return nil
 }
@@ -215,7 +205,7 @@ func (l *auditLog) takeUp(f *os.File, info os.FileInfo) error {
 // milliseconds: it outlives this process, not a power cut. What a failed write left is cut off again, or else stays as a torn line.
 func (l *auditLog) write(r auditRecord) error {
 	l.clean(&r)
-	r.Seq, r.Timestamp, r.Prev = l.last.Seq+1, l.now().UTC().Format(auditTime), l.prev
+	r.Seq, r.Timestamp, r.Prev = l.last.Seq+1, l.now().UTC().Format("2006-01-02T15:04:05.000Z"), l.prev
 	var line bytes.Buffer
 	if l.unended {
 		line.WriteByte('\n')
@@ -277,13 +267,11 @@ func openPlain(file string, flags int) (*os.File, os.FileInfo, error) {
 		return nil, nil, err
 	}
 	info, err := f.Stat()
-	if err == nil && flags == os.O_RDONLY && !info.Mode().IsRegular() {
-		err = fmt.Errorf("%q is not a regular file: name another", file)
+	if err == nil && (flags != os.O_RDONLY || info.Mode().IsRegular()) {
+		return f, info, nil
 	}
-	if err != nil {
-		f.Close()
-	}
-	return f, info, err
+	f.Close()
+	return nil, nil, cmp.Or(err, fmt.Errorf("%q is not a regular file: name another", file))
 }
 
 // openAppend opens a file for append: the server's own log.
@@ -386,7 +374,7 @@ func verifyAudit(file, known string) (rep auditReport, err error) {
 	case torn:
 		return broken("it is not a record, and no later one covers it")
 	case !found:
-		return broken("the log holds records %d to %d, and the known head %s is not among them", rep.Begins, rep.Head.Seq, known)
+		return broken("the log holds records %d to %d, and the known head %q is not among them", rep.Begins, rep.Head.Seq, known)
 	}
 	return rep, nil
 }
