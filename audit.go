@@ -224,7 +224,9 @@ func (l *auditLog) write(r auditRecord) error {
 	if n >= line.Len()-1 { // a line that only lacks its newline is read back as a record
 		l.last = auditHead{r.Seq, l.prev}
 	}
-	l.info, _ = l.f.Stat()
+	if info, bad := l.f.Stat(); bad == nil {
+		l.info = info
+	}
 	return err
 }
 
