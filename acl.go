@@ -172,7 +172,7 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 		{text == moreArgs, `"..." stands only at the end of an argv rule: write ["command", "..."], or "/^\.\.\.$/" for three dots`},
 		{strings.ContainsFunc(text, unicode.IsControl), `a rule has no control characters: write "\n" in a regexp`},
 		{looks && !between, `a regexp stands between slashes, without flags behind: "/(?i)^sudo/", in an argv rule "/^[0-9]+$/"`},
-		{between && !slashed.MatchString(text), `a regexp needs something between its slashes, a slash as "\/"; write a path in an argv rule`},
+		{between && !slashed.MatchString(text), `a regexp needs something between its slashes, a "/" as "\/"; paths: an argv rule`},
 		{text == "/^$/", `an empty argument is "" in an argv rule`},
 		{wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character`},
 	} {
@@ -355,7 +355,7 @@ func (p *policy) lint() (all []finding) {
 		add(name == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards")
 		add(unanchored, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/")
 		add(!harmless && strings.Contains(runsPrograms, tool), "runs-programs", "can run other programs, perhaps all: allow those")
-		add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys files in its working directory: see who may write there")
+		add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys files in its working directory: guard that")
 		add(loose && !guarded, "admits-options", `lets any option through: name the arguments, or put "--" before them`)
 		add(text && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule")
 		add(strings.Contains(name, "/") && !path.IsAbs(name), "relative-name", "depends on the working directory: write the whole path")
