@@ -148,15 +148,11 @@ func (l *auditLog) append(r auditRecord) error {
 	return nil
 }
 
-// asLeft compares file, size and time; a change back and forth that sets the time back as well is for verify to find.
-func (l *auditLog) asLeft(now os.FileInfo) bool {
-	return os.SameFile(now, l.info) && now.Size() == l.info.Size() && now.ModTime().Equal(l.info.ModTime())
-}
-
-// open opens the file that is now at the path, unless it is ours as the last write left it. Other kinds of file than regular ones
-// are written (never waiting), and never read back.
+// open opens the file that is now at the path, unless it is ours as the last write left it, by inode, size and time (a change back and
+// forth that sets the time back is for verify to find). Other kinds of file than regular ones are written, never waiting, and not read back.
 func (l *auditLog) open() error {
-	if now, err := os.Lstat(l.file); err == nil && l.f != nil && l.asLeft(now) {
+	now, err := os.Lstat(l.file)
+	if err == nil && l.f != nil && os.SameFile(now, l.info) && now.Size() == l.info.Size() && now.ModTime().Equal(l.info.ModTime()) {
 		return nil
 	}
 	f, info, err := openPlain(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE)
