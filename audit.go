@@ -73,7 +73,8 @@ type auditLog struct {
 	mu       sync.Mutex
 	now      func() time.Time
 	key      *apiKey
-	file     string      // "": disabled
+	enabled  bool
+	file     string
 	f        *os.File    // nil: to be opened before the next record
 	info     os.FileInfo // of f as the last write left it; nil: the chain is to be taken from the end of the file
 	unended  bool        // f ends in the middle of a line
@@ -94,19 +95,19 @@ func openAudit(file string, enabled bool, key *apiKey) (*auditLog, error) {
 func (l *auditLog) reconfigure(file string, enabled bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if file = pick(enabled, file, ""); file == l.file {
+	if file == l.file && enabled == l.enabled {
 		return nil
 	}
 	l.f.Close() // here and below: a nil file only says that it is none
-	l.f, l.info, l.file, l.last, l.prev = nil, nil, file, auditHead{}, noPrev
-	if file == "" {
+	l.f, l.info, l.file, l.enabled, l.last, l.prev = nil, nil, file, enabled, auditHead{}, noPrev
+	if !enabled {
 		return nil
 	}
 	return l.open()
 }
 
-// close lets go of the log.
-func (l *auditLog) close() error { return l.reconfigure("", false) }
+// close lets go of the log; what comes later is refused.
+func (l *auditLog) close() { l.reconfigure("", true) }
 
 // head is the last record of the open log, zero before the first.
 func (l *auditLog) head() auditHead {
@@ -121,7 +122,7 @@ func (l *auditLog) head() auditHead {
 func (l *auditLog) append(r auditRecord) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.file == "" {
+	if !l.enabled {
 		return nil
 	}
 	if r.Event == "auth_failed" {
@@ -149,7 +150,7 @@ func (l *auditLog) append(r auditRecord) error {
 }
 
 // open opens the file that is now at the path, unless it is ours as the last write left it, by inode, size and time (a change back and
-// forth that sets the time back is for verify to find). Other kinds of file than regular ones are written, never waiting, and not read back.
+// forth that sets the time back is for verify to find). Other kinds of file than regular ones are written and not read back.
 func (l *auditLog) open() error {
 	now, err := os.Lstat(l.file)
 	if err == nil && l.f != nil && os.SameFile(now, l.info) && now.Size() == l.info.Size() && now.ModTime().Equal(l.info.ModTime()) {

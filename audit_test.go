@@ -713,6 +713,10 @@ func TestAuditReconfigure(t *testing.T) {
 	if got := auditEvents(t, filepath.Join(absent, "c.jsonl")); got != "audit_broken five" {
 		t.Errorf("the file holds %s", got)
 	}
+	l.close()
+	if err := l.append(auditRecord{Event: "exec_start"}); err == nil {
+		t.Error("a record was written to a closed log")
+	}
 }
 
 func TestAuditDisabled(t *testing.T) {
