@@ -4,6 +4,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"embed"
 	"encoding/json"
@@ -280,9 +281,13 @@ func cliHelp(t *terminal) error {
 type escapeWriter struct{ w io.Writer }
 
 func (e escapeWriter) Write(p []byte) (int, error) {
-	out := make([]byte, 0, len(p))
+	hidden := func(c rune) bool { return c != '\n' && !strconv.IsPrint(c) || c == utf8.RuneError } // or no character at all
+	if !bytes.ContainsFunc(p, hidden) {
+		return e.w.Write(p)
+	}
+	var out []byte
 	for _, c := range string(p) {
-		if c == '\n' || strconv.IsPrint(c) {
+		if !hidden(c) {
 			out = utf8.AppendRune(out, c)
 			continue
 		}
