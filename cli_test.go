@@ -232,7 +232,6 @@ func TestCLIUsageErrors(t *testing.T) {
 		{"acl add a b", "aexec acl add", `unexpected argument "b"`},
 		{`acl add ["git",1]`, "aexec acl add", "not a JSON array of strings"},
 		{"audit -n x", "aexec audit", `"x" for flag -n`},
-		{"audit verify --head 12", "aexec audit verify", `"12" is not a head`},
 		{"audit verify a b", "aexec audit verify", `unexpected argument "b"`},
 		{"plugin create --command git", "aexec plugin create", "--name is missing"},
 		{"plugin enable", "aexec plugin enable", "--name is missing"},

@@ -267,9 +267,12 @@ func cliStatus(t *terminal) error {
 		"running": t.running, "enabled": t.start.enabled, "warnings": t.warnings(),
 		"settings": cmp.Or(t.startable(), errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
 	}
-	if last, _ := tailAudit(t.audit, 1); len(last) == 1 && !last[0].Torn {
-		status["auditHead"] = auditHead{last[0].Record.Seq, auditDigest([]byte(last[0].Raw))}.String()
-	}
+	readAudit(t.audit, 3, false, func(l auditLine) error { // no log, no head
+		if !l.Torn {
+			status["auditHead"] = l.Head.String()
+		}
+		return nil
+	})
 	if info := t.server; t.running {
 		status["pid"], status["address"], status["version"] = info.Pid, info.Address, info.Version
 		status["uptime"] = time.Since(info.Started).Round(time.Second).String()

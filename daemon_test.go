@@ -683,7 +683,7 @@ func TestKilledServerStartsAgain(t *testing.T) {
 	}
 	h.must("stop")
 	h.nothingRuns()
-	if _, err := verifyAudit(h.audit, nil); err != nil {
+	if _, err := verifyAudit(h.audit, ""); err != nil {
 		t.Error(err)
 	}
 }
