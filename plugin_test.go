@@ -1097,6 +1097,7 @@ func pluginServe(t *testing.T, p paths, settings string) *pluginServer {
 	srv.runner = theRunner(t)
 	l, err := listen("127.0.0.1", 0)
 	pluginMust(t, err)
+	pluginMust(t, srv.prepare(l.Addr().String()))
 	s.url = "http://" + l.Addr().String()
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
