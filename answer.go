@@ -25,8 +25,6 @@ import (
 //go:embed skills/*/SKILL.md skills/_root.md skills/_errors.txt
 var skillFiles embed.FS
 
-// ---- errors and facts
-
 // apiError is the one shape of every error.
 type apiError struct {
 	status, wait int      // wait: seconds after which the same request may work; 0: it will not
@@ -85,9 +83,7 @@ func marshal(v any) []byte {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
-	if err := enc.Encode(v); err != nil {
-		panic(err) // fail safe: our own types encode
-	}
+	enc.Encode(v) // our own types encode, so there is no error
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
@@ -122,8 +118,6 @@ func (c *call) pluginList() *apiError {
 	}
 	return c.json(200, map[string]any{"plugins": list})
 }
-
-// ---- documents
 
 // document is one of the texts that agents read.
 type document struct {
@@ -220,7 +214,7 @@ func (c *call) document(body []byte) *apiError {
 	return nil
 }
 
-// prefers picks what an Accept header likes best (RFC 9110, 12.5.1), the first among equals. A range such as text/* means the first.
+// prefers picks what an Accept header likes best (RFC 9110, 12.5.1), the first among equals. A range such as text/* means that.
 func prefers(accept []string, offers ...string) string {
 	best, most := offers[0], 0.0
 	for part := range strings.SplitSeq(strings.Join(accept, ","), ",") {
@@ -237,7 +231,7 @@ func prefers(accept []string, offers ...string) string {
 }
 
 const (
-	pageHead = `<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>agent-exec</title>
+	pageHead = `<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>aexec</title>
 <style>pre{max-width:50em;margin:2em auto;padding:0 1em;font:15px/1.5 monospace;white-space:pre-wrap;overflow-wrap:anywhere}</style>
 <pre>`
 	pageEnd = "</pre>\n"

@@ -16,8 +16,6 @@ import (
 	"unicode/utf8"
 )
 
-const encodeBytes = 64 << 10 // bytes of an answer that are encoded at a time
-
 // parseExecBody reads {"args":[…]} and nothing else.
 func parseExecBody(data []byte) (args []string, e *apiError) {
 	body, err := parseStrict(data)
@@ -118,8 +116,6 @@ func (j *job) run() *apiError {
 	}
 	defer release()
 	j.conn.SetReadDeadline(time.Time{}) // the request is whole; from here a read only watches for a disconnect
-	j.conn.busy.Store(true)
-	defer j.conn.busy.Store(false)
 	changed, e := j.hook("before", j.plugin.before)
 	if e != nil {
 		return e
@@ -136,7 +132,6 @@ func (j *job) run() *apiError {
 	if changed, e = j.hook("after", j.plugin.after); e != nil {
 		return e
 	}
-	j.conn.busy.Store(false)
 	release()
 	return j.answer(changed.Result)
 }
@@ -297,12 +292,12 @@ func (j *job) answer(result map[string]any) *apiError {
 		if last.apiError != nil {
 			h.Set("X-Exec-Error", last.Code)
 		}
-		j.extend() // for the trailers
+		j.flush() // and gives the trailers their time
 	case j.stream:
 		j.Write(j.line(1, nil))
 		j.Write(j.line(2, nil))
 		last.Length = nil
-		j.Write(append(append([]byte(`{"output":null,`), marshal(last)[1:]...), '\n'))
+		fmt.Fprintf(j, "{\"output\":null,%s\n", marshal(last)[1:])
 	case j.text && status == 200:
 		pieces := out.stdout
 		if result != nil {
@@ -329,22 +324,19 @@ func (j *job) answer(result map[string]any) *apiError {
 
 // writeOutcome encodes captured output piece by piece, so that a large one is never held twice.
 func (j *job) writeOutcome(w io.Writer, last ending) {
-	buf := []byte(`{"output":"`)
-	text := func(pieces chunks) {
-		var t jsonText
+	text := func(head string, pieces chunks) {
+		t, buf := jsonText{}, []byte(head)
 		for _, piece := range append(pieces, nil) {
-			if buf = t.append(buf, piece); len(buf) >= encodeBytes {
-				w.Write(buf)
-				buf = buf[:0]
-			}
+			buf = t.append(buf, piece)
+			w.Write(buf)
+			buf = buf[:0]
 		}
 	}
-	if text(j.out.stdout); j.out.stderrBytes > 0 {
-		buf = append(buf, `","stderr":"`...)
-		text(j.out.stderr)
+	text(`{"output":"`, j.out.stdout)
+	if j.out.stderrBytes > 0 {
+		text(`","stderr":"`, j.out.stderr)
 	}
-	buf = append(append(buf, `",`...), marshal(last)[1:]...)
-	w.Write(append(buf, '\n'))
+	fmt.Fprintf(w, "\",%s\n", marshal(last)[1:])
 }
 
 // begin sends the headers of a stream, so that the client knows that the command runs.
@@ -370,19 +362,19 @@ func (j *job) output(stream int, p []byte, idle bool) error {
 
 // line is one NDJSON line, or nothing while a character is cut; without p, the line of one that stays cut.
 func (j *job) line(stream int, p []byte) []byte {
-	part := &j.parts[stream-1]
-	length := len(part.cut) + len(p)
+	part, head := &j.parts[stream-1], `{"output":"`
 	if stream == 2 {
-		j.buf = part.append(append(j.buf[:0], `{"output":null,"stderr":"`...), p)
-		j.buf = append(j.buf, `","status":"running"}`+"\n"...)
-	} else {
-		j.buf = part.append(append(j.buf[:0], `{"output":"`...), p)
-		j.buf = fmt.Appendf(j.buf, `","length":%d,"status":"running"}`+"\n", length-len(part.cut))
+		head = `{"output":null,"stderr":"`
 	}
-	if length == len(part.cut) {
+	length := len(part.cut) + len(p)
+	j.buf = part.append(append(j.buf[:0], head...), p)
+	if length -= len(part.cut); length == 0 {
 		return nil
 	}
-	return j.buf
+	if j.buf = append(j.buf, '"'); stream == 1 {
+		j.buf = fmt.Appendf(j.buf, `,"length":%d`, length)
+	}
+	return append(j.buf, `,"status":"running"}`+"\n"...)
 }
 
 // jsonText writes bytes that come in pieces as the inside of one JSON string. Bytes that are no UTF-8 become U+FFFD;
@@ -395,29 +387,30 @@ func (t *jsonText) append(dst, src []byte) []byte {
 	if len(t.cut) > 0 {
 		src, t.cut = append(t.cut, src...), nil
 	}
-	for n := 1; !last && n < utf8.UTFMax && n <= len(src); n++ {
-		if tail := src[len(src)-n:]; utf8.RuneStart(tail[0]) && !utf8.FullRune(tail) {
-			src, t.cut = src[:len(src)-n], slices.Clone(tail)
-			break
-		}
-	}
-	if !utf8.Valid(src) {
-		src = []byte(string([]rune(string(src)))) // each bad byte is one U+FFFD
-	}
-	plain := 0 // all before it is in dst
-	for i, b := range src {
-		if b > '"' && b != '\\' || b == ' ' || b == '!' { // nearly all; as it is
+	done := 0 // all of src before it is in dst
+	for i := 0; i < len(src); i++ {
+		b := src[i]
+		if b > '"' && b < utf8.RuneSelf && b != '\\' || b == ' ' || b == '!' { // nearly all
 			continue
 		}
-		dst = append(dst, src[plain:i]...)
-		switch plain = i + 1; b {
-		case '"', '\\':
+		if r, size := utf8.DecodeRune(src[i:]); b >= utf8.RuneSelf && (r != utf8.RuneError || size > 1) {
+			i += size - 1
+			continue
+		}
+		dst = append(dst, src[done:i]...)
+		switch done = i + 1; {
+		case b >= utf8.RuneSelf && !last && !utf8.FullRune(src[i:]):
+			t.cut = slices.Clone(src[i:])
+			return dst
+		case b >= utf8.RuneSelf:
+			dst = append(dst, "\uFFFD"...)
+		case b == '"' || b == '\\':
 			dst = append(dst, '\\', b)
-		case '\n':
+		case b == '\n':
 			dst = append(dst, `\n`...)
 		default:
 			dst = append(dst, '\\', 'u', '0', '0', '0'+b>>4, "0123456789abcdef"[b&15])
 		}
 	}
-	return append(dst, src[plain:]...)
+	return append(dst, src[done:]...)
 }

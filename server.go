@@ -5,7 +5,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -20,12 +19,10 @@ import (
 	"net/netip"
 	"net/url"
 	"path"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -40,7 +37,6 @@ const (
 	shutdownWait         = 10 * time.Second       // beyond killGraceMs, until the last answer is out
 	maxHeadBytes         = 16 << 10               // of a request's head: net/http takes up to fifty times as much memory for one
 	maxStrangers         = 512                    // open connections on which no request has the key
-	maxPipelined         = 64 << 10               // bytes that a client may send behind a running command
 	maxRateClients       = 4096                   // addresses whose rate is remembered
 	probeTime, probeBody = 5 * time.Second, 4096  // of an answer to probeServer: patience, bytes
 )
@@ -134,18 +130,18 @@ func (s *server) prepare(address string) error {
 	return nil
 }
 
-// serve answers on l until ctx ends, then shuts down: accepts nothing new, ends running commands, answers them, returns when all are answered.
+// serve answers on l until ctx ends, then shuts down: accepts nothing new, ends running commands, and returns when all are answered.
 func (s *server) serve(ctx context.Context, l net.Listener) error {
 	h := &http.Server{
 		Handler: s, ErrorLog: s.log, ConnState: s.connState, DisableGeneralOptionsHandler: true,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, conn)
+			return context.WithValue(ctx, s, conn) // the server is the key
 		},
-		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeadBytes,
+		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, WriteTimeout: s.stall, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeadBytes,
 	}
 	stopped := make(chan error, 1)
 	context.AfterFunc(ctx, func() { stopped <- s.shutdown(h) })
-	if err := h.Serve(watchedListener{l}); !errors.Is(err, http.ErrServerClosed) {
+	if err := h.Serve(l); !errors.Is(err, http.ErrServerClosed) {
 		return err
 	}
 	return <-stopped
@@ -164,11 +160,8 @@ func (s *server) shutdown(h *http.Server) error {
 		conn.Close()
 	}
 	s.connMu.Unlock()
-	if err := h.Shutdown(late); err != nil {
-		s.log.Printf("connections were still open after %v and are closed now", wait)
-		return h.Close()
-	}
-	return nil
+	h.Shutdown(late)
+	return h.Close() // whoever is still there
 }
 
 // connState keeps clients without the key from shutting others out, be they slow, idle, or busy not reading: of too many,
@@ -189,87 +182,27 @@ func (s *server) connState(conn net.Conn, state http.ConnState) {
 	}
 }
 
-// watchedConn keeps what a client sends, for two things that net/http hides: a Content-Length beside a Transfer-Encoding
-// (RFC 9112, 6.1: smuggling; net/http drops the one and serves what stands behind), and a disconnect behind pipelined bytes.
-type watchedConn struct {
-	*net.TCPConn
-	busy   atomic.Bool // a command runs, and its request was read whole
-	mu     sync.Mutex
-	seen   []byte // since the last answer
-	behind []byte // what was sent while busy
-}
-
-type (
-	watchedListener struct{ net.Listener }
-	connKey         struct{} // of the watchedConn in a request's context
-)
-
-func (l watchedListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return &watchedConn{TCPConn: conn.(*net.TCPConn)}, nil
-}
-
-// Read is called by one goroutine at a time. While a command runs it keeps what comes and reads on: net/http's own watch for
-// a disconnect ends with the first byte.
-func (w *watchedConn) Read(p []byte) (int, error) {
-	for len(w.behind) == 0 || w.busy.Load() {
-		n, err := w.TCPConn.Read(p)
-		w.mu.Lock()
-		w.seen = append(w.seen, p[:min(n, maxHeadBytes+4096-len(w.seen))]...)
-		w.mu.Unlock()
-		if err != nil || len(w.behind) == 0 && !w.busy.Load() {
-			return n, err
-		}
-		if w.behind = append(w.behind, p[:n]...); len(w.behind) > maxPipelined {
-			return 0, errors.New("too much was sent behind a running command")
-		}
-	}
-	n := copy(p, w.behind)
-	w.behind = w.behind[n:]
-	return n, nil
-}
-
-// ambiguous says whether the request's head has both framings, or may have: a chunked request behind a pipelined one is refused unseen.
-func (w *watchedConn) ambiguous(r *http.Request) bool {
-	old := !r.ProtoAtLeast(1, 1) // where net/http does not look at a Transfer-Encoding
-	if r.ContentLength == 0 && r.TransferEncoding == nil && !old {
-		return false
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	if r.TransferEncoding != nil && !bytes.HasPrefix(w.seen, []byte(r.Method+" "+r.RequestURI+" ")) {
-		return true
-	}
-	head := bytes.ToLower(w.seen)
-	return bytes.Contains(head, []byte("\ntransfer-encoding:")) && (old || bytes.Contains(head, []byte("\ncontent-length:")))
-}
-
 // call is one request on its way through the gates, and its answer.
 type call struct {
 	http.ResponseWriter
 	s      *server
 	r      *http.Request
-	conn   *watchedConn
+	conn   net.Conn
 	snap   *snapshot // the one under which all of the request is decided and run
 	id     string
 	peer   netip.Addr
 	query  url.Values // of an API route, checked
 	source string     // where the key was: header, bearer, query, none
 	keyed  bool       // the key is right
-	wrote  bool
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c := &call{ResponseWriter: w, s: s, r: r, conn: r.Context().Value(connKey{}).(*watchedConn), id: rand.Text()}
-	defer c.leave()
+	c := &call{ResponseWriter: w, s: s, r: r, conn: r.Context().Value(s).(net.Conn), id: rand.Text()}
 	maps.Copy(w.Header(), fixedHeaders)
 	w.Header()["X-Request-Id"] = []string{c.id}
-	if r.ContentLength != 0 { // until readArgs has read it to its end
-		w.Header().Set("Connection", "close")
-		c.extend() // for a 100 Continue
+	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) {
+		w.Header().Set("Connection", "close") // until readArgs has read the body to its end; HTTP/1.0 may hide a Transfer-Encoding
+		defer func() { c.conn.SetReadDeadline(time.Now().Add(lingerTimeout)) }()
 	}
 	if e := c.gates(); e != nil {
 		c.fail(e)
@@ -278,39 +211,16 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	s.mux.ServeHTTP(c, r)
 }
 
-// extend gives what is written next its own time, so that a client that takes nothing cannot hold a command or a slot.
-func (c *call) extend() {
-	c.conn.SetWriteDeadline(time.Now().Add(c.s.stall))
-}
-
+// Write has its own time, so that a client that takes nothing cannot hold a command or a slot.
 func (c *call) Write(p []byte) (int, error) {
-	c.wrote = true
-	c.extend()
+	c.conn.SetWriteDeadline(time.Now().Add(c.s.stall))
 	return c.ResponseWriter.Write(p)
 }
 
 // flush sends what was written so far, at least the headers.
 func (c *call) flush() error {
-	c.wrote = true
-	c.extend()
+	c.Write(nil)
 	return http.NewResponseController(c.ResponseWriter).Flush()
-}
-
-// leave makes the connection ready for what comes next. A panic becomes an answer if none has begun, and costs one request.
-func (c *call) leave() {
-	c.conn.mu.Lock()
-	c.conn.seen = c.conn.seen[:0]
-	c.conn.mu.Unlock()
-	if c.r.ContentLength != 0 {
-		c.conn.SetReadDeadline(time.Now().Add(lingerTimeout))
-	}
-	if v := recover(); v != nil {
-		c.s.log.Printf("internal error in request %s: %q\n%s", c.id, c.s.redact(fmt.Sprint(v)), debug.Stack())
-		if c.wrote {
-			panic(http.ErrAbortHandler) // net/http closes the connection without a word
-		}
-		c.fail(newError("internal"))
-	}
 }
 
 // redact knows the key as it is, and as JSON and %q write it.
@@ -322,8 +232,7 @@ func (s *server) redact(text string) string {
 func (c *call) gates() *apiError {
 	at := c.r.URL.Path
 	switch {
-	case c.conn.ambiguous(c.r):
-		c.Header().Set("Connection", "close") // what stands behind it may be meant as its body
+	case c.r.TransferEncoding != nil: // net/http hides a Content-Length beside it (RFC 9112, 6.1: smuggling)
 		return newError("invalid_request")
 	case !cleanPath(c.r.URL):
 		return newError("not_found")
@@ -356,8 +265,10 @@ func (c *call) gates() *apiError {
 	api, command := strings.HasPrefix(at, "/api/"), strings.HasPrefix(at, "/api/command/")
 	handler, pattern := c.s.mux.Handler(c.r)
 	switch {
-	case (command || strings.HasPrefix(at, "/private/")) && !c.keyed:
-		return c.unauthorized() // what is there is not for strangers to know
+	case !c.keyed && (command || strings.HasPrefix(at, "/private/") || api && pattern != ""):
+		c.s.note(c.record("auth_failed"))
+		c.Header().Set("WWW-Authenticate", `Bearer realm="agent-exec"`)
+		return newError("unauthorized") // there, what is not there is not for strangers to know either
 	case command && c.r.Method == "HEAD" && pattern != "": // by a pattern with GET, but a plugin's route runs something
 		c.Header().Set("Allow", "GET")
 		return newError("method_not_allowed")
@@ -367,8 +278,6 @@ func (c *call) gates() *apiError {
 			return newError("method_not_allowed")
 		}
 		return newError("not_found")
-	case api && !c.keyed:
-		return c.unauthorized()
 	case api:
 		return c.checkQuery()
 	}
@@ -391,16 +300,14 @@ func cleanPath(u *url.URL) bool {
 
 // announce reports what a reload brought; the store tells it to one request only.
 func (s *server) announce(snap *snapshot, news reload, err error) {
+	record := auditRecord{Event: "settings_reloaded"}
 	if news == wentBad {
-		s.log.Printf("settings are unusable, nothing is allowed until they are mended: %v", err)
-		s.note(auditRecord{Event: "settings_invalid", Reason: err.Error()})
-		return
-	}
-	s.log.Print("settings reloaded")
-	if err := s.audit.reconfigure(cmp.Or(snap.AuditFile, s.auditFile), snap.AuditEnabled); err != nil {
+		record = auditRecord{Event: "settings_invalid", Reason: err.Error()}
+	} else if err := s.audit.reconfigure(cmp.Or(snap.AuditFile, s.auditFile), snap.AuditEnabled); err != nil {
 		s.log.Printf("cannot follow the audit settings: %v", err)
 	}
-	s.note(auditRecord{Event: "settings_reloaded"})
+	s.log.Print(record.Event, " ", record.Reason)
+	s.note(record)
 }
 
 // note records something, and logs it if it cannot.
@@ -433,12 +340,6 @@ func (c *call) findKey() {
 	c.keyed = c.keyed && c.source != "none"
 }
 
-func (c *call) unauthorized() *apiError {
-	c.s.note(c.record("auth_failed"))
-	c.Header().Set("WWW-Authenticate", `Bearer realm="agent-exec"`)
-	return newError("unauthorized")
-}
-
 // limiter is a token bucket for each client address (IPv6: each /64, which is what one client has).
 type limiter struct {
 	mu      sync.Mutex
@@ -448,7 +349,8 @@ type limiter struct {
 }
 
 func newLimiter(snap *snapshot) *limiter {
-	return &limiter{every: snap.RateWindow / time.Duration(max(1, snap.RateMax)), burst: snap.RateMax, clients: map[netip.Prefix]*rate.Limiter{}}
+	every := snap.RateWindow / time.Duration(max(1, snap.RateMax))
+	return &limiter{every: every, burst: snap.RateMax, clients: map[netip.Prefix]*rate.Limiter{}}
 }
 
 // take takes a token, or says how long until there is one at the latest. Of too many clients all are forgotten: who has thousands
@@ -505,7 +407,7 @@ func (c *call) readArgs() ([]string, *apiError) {
 	case int64(len(data)) > c.s.maxBody:
 		return nil, newError("body_too_large")
 	}
-	if c.r.TransferEncoding == nil {
+	if c.r.ProtoAtLeast(1, 1) {
 		c.Header().Del("Connection")
 	}
 	c.s.parsing.Lock()

@@ -456,7 +456,7 @@ func TestServerFraming(t *testing.T) {
 		{"length then chunked", head + "Content-Length: 4\nTransfer-Encoding: chunked\n\n" + chunks + last, "400", 0},
 		{"chunked then length", head + "Transfer-Encoding: chunked\nContent-Length: 4\n\n" + chunks + last, "400", 0},
 		{"lower case", head + "transfer-encoding: chunked\ncontent-LENGTH: 4\n\n" + chunks + last, "400", 0},
-		{"HTTP/1.0", strings.Replace(head, "1.1", "1.0", 1) + "Connection: keep-alive\nTransfer-Encoding: chunked\nContent-Length: 4\n\n" + chunks + last, "400", 0},
+		{"HTTP/1.0, where net/http looks at the length alone", strings.Replace(head, "1.1", "1.0", 1) + "Connection: keep-alive\nTransfer-Encoding: chunked\nContent-Length: 4\n\n" + chunks + last, "400", 0},
 		{"folded", head + "Transfer-Encoding:\n chunked\nContent-Length:\n 4\n\n" + chunks + last, "400", 0},
 		{"zero length", head + "Content-Length: 0\nTransfer-Encoding: chunked\n\n" + chunks + last, "400", 0},
 		{"two lengths", head + "Content-Length: 4\nContent-Length: 5\n\nabcd" + last, "400", 0},
@@ -470,7 +470,7 @@ func TestServerFraming(t *testing.T) {
 		{"line feeds alone", strings.ReplaceAll(head+"Content-Length: 4\nTransfer-Encoding: chunked\n\n", "\n", "\v") + last, "400", 0},
 		{"at the end of the longest head", head + "Content-Length: 4\nX-Long: " + strings.Repeat("a", maxHeadBytes) + "\nTransfer-Encoding: chunked\n\n" + chunks, "400", 0},
 		{"a body nobody reads", noKey + "Content-Length: 54\n\n" + last, "401", 0},
-		{"chunked alone", head + "Transfer-Encoding: chunked\nConnection: close\n\n" + chunks, "200", 1},
+		{"chunked alone", head + "Transfer-Encoding: chunked\n\n" + chunks + last, "400", 0},
 		{"pipelined", ping + execRequest("true") + ping + execRequest("true") + last, "200 200 200 200 200", 2},
 	} {
 		before := len(ts.records("exec_start"))
@@ -537,11 +537,9 @@ func TestServerKeys(t *testing.T) {
 func TestServerClientGone(t *testing.T) {
 	ts := startServer(t, `{"exec":{"allow":["*"]},"timeoutMs":300000,"killGraceMs":200}`, nil, nil)
 	ways := map[string]func(conn *net.TCPConn){
-		"close":                func(conn *net.TCPConn) { conn.Close() },
-		"reset":                func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() },
-		"half-close":           func(conn *net.TCPConn) { conn.CloseWrite() },
-		"pipeline, then close": func(conn *net.TCPConn) { conn.Write(wire("GET /ping HTTP/1.1\nHost: x\n\n")); conn.Close() },
-		"flood":                func(conn *net.TCPConn) { conn.Write(bytes.Repeat([]byte("x"), 2*maxPipelined)); conn.Close() },
+		"close":      func(conn *net.TCPConn) { conn.Close() },
+		"reset":      func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() },
+		"half-close": func(conn *net.TCPConn) { conn.CloseWrite() },
 	}
 	for _, leave := range ways {
 		for _, query := range []string{"", "?mode=stream", "?mode=stream&format=text"} {
@@ -1000,13 +998,13 @@ func TestFrontmatter(t *testing.T) {
 	}
 }
 
-// TestServerPanic: a fault of ours costs one request.
+// TestServerPanic: a fault of ours costs one connection.
 func TestServerPanic(t *testing.T) {
 	ts := startServer(t, openSettings, nil, nil)
 	ts.do("GET", "/ping", "")
-	ts.mux.HandleFunc("GET /boom", func(http.ResponseWriter, *http.Request) { panic("boom " + serverTestKey) })
-	if resp, body := ts.do("GET", "/boom", ""); resp.StatusCode != 500 || errorCode(body) != "internal" {
-		t.Errorf("%d %s", resp.StatusCode, body)
+	ts.mux.HandleFunc("GET /boom", func(http.ResponseWriter, *http.Request) { panic("boom") })
+	if answer := ts.raw(getRequest("/boom", "")); answer != "" {
+		t.Error(answer)
 	}
 	if resp, _ := ts.do("GET", "/ping", ""); resp.StatusCode != 200 || !strings.Contains(ts.log.String(), "boom") {
 		t.Errorf("%d, log %s", resp.StatusCode, ts.log)
