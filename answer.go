@@ -1,64 +1,59 @@
-// This file is what a client is told: errors, facts, documents, the outcome of a command, streams; it is apart from server.go, as who may do what is judged there, and how it is said here.
-// It may write answers, through the call that it is given.
-// It must not decide, run or record anything, or touch the connection.
+// This file is what a client is told: errors, facts, documents. The answer of a command is job.go's.
+// It may choose the words and the form of an answer, and write it through the call that asked.
+// It must not open a file, decide, run or record anything.
 package main
 
 import (
 	"bytes"
+	"cmp"
+	"embed"
 	"encoding/json"
+	"errors"
 	"fmt"
-	"io"
-	"math"
+	"html"
+	"maps"
+	"mime"
 	"os"
 	"os/user"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
-	"unicode/utf8"
 )
 
-const (
-	encodeBytes       = 64 << 10 // bytes of an answer that are encoded at a time
-	defaultRetryAfter = time.Second
-)
+//go:embed skills/*/SKILL.md skills/_root.md skills/_errors.txt skills/_plugin.md
+var skillFiles embed.FS
 
-// errorTexts is every error of ours: status, whether the same request may work later, what happened, what to do next.
-var errorTexts = func() map[string]errorText {
-	texts := map[string]errorText{}
+// apiError is the one shape of every error.
+type apiError struct {
+	status, wait int      // wait: seconds after which the same request may work; 0: it will not
+	Code         string   `json:"error"`
+	Message      string   `json:"message"`
+	Hint         string   `json:"hint"`
+	Retryable    bool     `json:"retryable"`
+	Rule         string   `json:"rule,omitempty"`
+	Fields       []string `json:"fields,omitempty"`
+	MaxOutput    int64    `json:"maxOutputBytes,omitempty"`
+}
+
+// errorTexts is every error of ours by its code: status and wait, what happened, what to do next.
+var errorTexts = func() map[string]apiError {
+	texts := map[string]apiError{}
 	file, _ := skillFiles.ReadFile("skills/_errors.txt") // embedded, so there is no error
 	for entry := range strings.SplitSeq(string(file), "\n\n") {
+		var e apiError
 		lines := strings.Split(entry, "\n")
-		head := strings.Fields(lines[0])
-		status, _ := strconv.Atoi(head[1])
-		texts[head[0]] = errorText{status, len(head) > 2, lines[1], lines[2]}
+		fmt.Sscan(lines[0], &e.Code, &e.status, &e.wait) // where no number follows, wait stays 0
+		e.Message, e.Hint, e.Retryable = lines[1], lines[2], e.wait > 0
+		texts[e.Code] = e
 	}
 	return texts
 }()
 
-type errorText struct {
-	status        int
-	retryable     bool
-	message, hint string
-}
-
-// apiError is the one shape of every error.
-type apiError struct {
-	status    int
-	outcome   *outcome // what was captured before the end
-	Code      string   `json:"error"`
-	Message   string   `json:"message"`
-	Hint      string   `json:"hint"`
-	Retryable bool     `json:"retryable"`
-	Rule      string   `json:"rule,omitempty"`
-	Fields    []string `json:"fields,omitempty"`
-	MaxOutput int64    `json:"maxOutputBytes,omitempty"`
-}
-
 func newError(code string) *apiError {
-	t := errorTexts[code]
-	return &apiError{status: t.status, Code: code, Message: t.message, Hint: t.hint, Retryable: t.retryable}
+	e := errorTexts[code]
+	return &e
 }
 
 // because replaces the message where there is more to say.
@@ -67,26 +62,12 @@ func (e *apiError) because(format string, args ...any) *apiError {
 	return e
 }
 
-// fail answers with an error, and with what a command printed before it.
 func (c *call) fail(e *apiError) {
-	h := c.Header()
-	h.Set("Cache-Control", "no-store")
-	if e.Retryable && h.Get("Retry-After") == "" {
-		c.retryAfter(defaultRetryAfter)
+	c.Header().Set("Cache-Control", "no-store")
+	if e.Retryable {
+		c.Header().Set("Retry-After", strconv.Itoa(e.wait))
 	}
-	if e.outcome == nil {
-		c.json(e.status, e)
-		return
-	}
-	h.Set("Content-Type", "application/json")
-	c.WriteHeader(e.status)
-	head := marshal(e)
-	head[len(head)-1] = ','
-	writeOutcome(c, head, e.outcome, endingOf(e.outcome, nil))
-}
-
-func (c *call) retryAfter(wait time.Duration) {
-	c.Header().Set("Retry-After", strconv.Itoa(int(math.Ceil(wait.Seconds()))))
+	c.json(e.status, e)
 }
 
 // json answers with one JSON value, in which no text from outside, and no rule, takes the key along.
@@ -102,9 +83,7 @@ func marshal(v any) []byte {
 	var b bytes.Buffer
 	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
-	if err := enc.Encode(v); err != nil {
-		panic(err) // fail safe: our own types encode
-	}
+	enc.Encode(v) // our own types encode, so there is no error
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
@@ -119,14 +98,13 @@ func (c *call) acl() *apiError {
 	}
 	machine := map[string]string{"os": runtime.GOOS, "arch": runtime.GOARCH, "cwd": c.snap.cwd, "user": ""}
 	machine["hostname"], _ = os.Hostname()
-	if u, err := user.Current(); err == nil {
-		machine["user"] = u.Username
-	}
 	if c.snap.cred != nil {
 		machine["user"] = c.snap.cred.Name
+	} else if u, err := user.Current(); err == nil {
+		machine["user"] = u.Username
 	}
-	limits := map[string]int64{"timeoutMs": c.snap.Timeout.Milliseconds(), "maxOutputBytes": c.snap.MaxOutputBytes, "maxStreamBytes": c.snap.MaxStreamBytes,
-		"maxConcurrentExec": int64(c.snap.MaxConcurrentExec), "maxRequestBodyBytes": c.s.maxBody}
+	limits := map[string]int64{"timeoutMs": c.snap.Timeout.Milliseconds(), "maxOutputBytes": c.snap.MaxOutputBytes,
+		"maxStreamBytes": c.snap.MaxStreamBytes, "maxConcurrentExec": int64(c.snap.MaxConcurrentExec), "maxRequestBodyBytes": c.s.maxBody}
 	return c.json(200, map[string]any{"allow": lists["allow"], "deny": lists["deny"], "limits": limits, "machine": machine})
 }
 
@@ -134,228 +112,135 @@ func (c *call) pluginList() *apiError {
 	list := []map[string]string{}
 	for _, p := range c.s.plugins {
 		if !c.snap.disabled(p.Name) {
-			list = append(list, map[string]string{"name": p.Name, "description": p.Description, "command": p.Command, "skill": "/private/skills/" + p.Name + "/SKILL.md"})
+			list = append(list, map[string]string{"name": p.Name, "description": p.Description, "command": p.Command,
+				"skill": "/private/skills/" + p.Name + "/SKILL.md"})
 		}
 	}
 	return c.json(200, map[string]any{"plugins": list})
 }
 
-// ending is what every answer of a command says after its output.
-type ending struct {
-	ExitCode *int   `json:"exitCode"`
-	Signal   string `json:"signal,omitempty"`
-	Status   string `json:"status"`
-	Error    string `json:"error,omitempty"`
-	Message  string `json:"message,omitempty"`
-	Duration int64  `json:"duration"`
-	Length   *int64 `json:"length,omitempty"`
+// document is one of the texts that agents read.
+type document struct {
+	plugin            string // whose it is; "": embedded
+	name, description string
+	markdown          []byte
 }
 
-// endingOf describes the end of a run, in the words of e if that is not said before.
-func endingOf(out *outcome, e *apiError) ending {
-	last := ending{Status: "error", Duration: out.duration.Milliseconds(), Length: &out.stdoutBytes}
-	if out.exited && (out.end == endExit || out.end == endStart) {
-		last.ExitCode = &out.exitCode
+// readDocuments gives every document by its path. No plugin's hides an embedded one.
+func readDocuments(plugins []*plugin) map[string]document {
+	all := map[string]document{}
+	for _, p := range plugins {
+		for file, text := range p.docs {
+			place := "/private/skills/" + p.Name + "/" + file
+			if file == "public/SKILL.md" {
+				place = "/skills/" + p.Name + "/SKILL.md"
+			}
+			all[place] = document{p.Name, p.Name, p.Description, text}
+		}
 	}
-	if out.end == endExit {
-		last.Signal = out.signal
+	for _, name := range []string{"acl", "aexec", "exec", "install", "plugins", "private"} {
+		text, _ := skillFiles.ReadFile("skills/" + name + "/SKILL.md")
+		_, description, _ := frontmatter(text) // embedded and tested, so there is no error
+		all["/skills/"+name+"/SKILL.md"] = document{"", name, description, text}
 	}
-	if out.end == endExit && out.exited && out.exitCode == 0 {
-		last.Status = "done"
-	}
-	if e != nil {
-		last.Error, last.Message = e.Code, e.Message
-	}
-	return last
+	all["/SKILL.md"] = all["/skills/aexec/SKILL.md"]
+	return all
 }
 
-// endError is the error of an end other than exit. Most ends are called what their error is.
-func (c *call) endError(j *job) *apiError {
-	code := string(j.out.end)
-	switch {
-	case j.out.end == endExit:
-		return nil
-	case j.out.end == endStart:
-		code = map[int]string{126: "command_not_executable", 127: "command_not_found"}[j.out.exitCode]
-		return newError(code).because("%s", c.s.redact(fmt.Sprint(j.out.err)))
-	case j.out.end == endOutput && j.sink != nil:
-		code = "max_stream_output_exceeded"
-	case j.out.end == endOutput:
-		code = "max_output_exceeded"
+var (
+	frontmatterForm  = regexp.MustCompile(`(?s)^---\r?\n(.*?\n)---\r?\n`)
+	frontmatterField = regexp.MustCompile(`(?m)^(name|description):[ \t]*["']?([^|>\s].*?)["']?\s*$`) // | and > begin a block
+)
+
+// frontmatter reads the name and one-line description at the head of a SKILL.md (Agent Skills).
+func frontmatter(doc []byte) (name, description string, err error) {
+	found := map[string]string{}
+	for _, m := range frontmatterField.FindAllSubmatch(frontmatterForm.Find(doc), -1) {
+		found[string(m[1])] = string(m[2])
 	}
-	e := newError(code)
-	if e.outcome = &j.out; j.out.end == endOutput {
-		e.MaxOutput = c.snap.MaxOutputBytes
+	if found["name"] == "" || found["description"] == "" {
+		err = errors.New("it must begin with frontmatter: name and description, each on one line, between two lines of ---")
 	}
-	return e
+	return found["name"], found["description"], err
 }
 
-// answer tells how a command ended: with its output, or after it if that was streamed.
-func (c *call) answer(j *job) *apiError {
-	out, e, h := &j.out, c.endError(j), c.Header()
-	asShell := out.end == endExit || out.end == endStart // a shell would have given it an exit code
-	if j.sink == nil && !asShell {
-		return e
+var plainHost = regexp.MustCompile(`^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?$`)
+
+// rootGuide names this server as the client did, if that was a plain name, else by where it listens.
+func (c *call) rootGuide() *apiError {
+	host := c.r.Host
+	if !plainHost.MatchString(host) || c.s.redact(host) != host {
+		host = c.s.address
 	}
-	if j.text && asShell {
-		code := out.exitCode
-		if out.signalNumber > 0 {
-			code = 128 + out.signalNumber
-		}
-		h.Set("X-Exit-Code", strconv.Itoa(code))
+	root, _ := skillFiles.ReadFile("skills/_root.md") // embedded, so there is no error
+	return c.document([]byte(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(string(root))))
+}
+
+func (c *call) skill() *apiError {
+	d, ok := c.s.documents[c.r.URL.Path]
+	if !ok || c.snap.disabled(d.plugin) {
+		return newError("not_found")
 	}
-	switch {
-	case j.sink != nil && j.text:
-		if e != nil {
-			h.Set("X-Exec-Error", e.Code)
+	return c.document(d.markdown)
+}
+
+func (c *call) skillIndex() *apiError {
+	text, list := []byte("# Skills of this machine\n\n"), []map[string]string{}
+	for _, link := range slices.Sorted(maps.Keys(c.s.documents)) {
+		d := c.s.documents[link]
+		if strings.HasPrefix(link, "/skills/") && !c.snap.disabled(d.plugin) {
+			list = append(list, map[string]string{"name": d.name, "description": d.description, "link": link})
+			text = fmt.Appendf(text, "- [%s](%s): %s\n", d.name, link, d.description)
 		}
-		c.extend() // for the trailers
-	case j.sink != nil:
-		j.sink.finish(endingOf(out, e))
-	case j.text:
-		h.Set("Content-Type", "text/plain; charset=utf-8")
-		pieces := out.stdout
-		if text, ok := j.result["output"].(string); ok {
-			pieces = chunks{[]byte(text)}
-		} else if e != nil {
-			pieces = chunks{[]byte(e.Message + "\n")}
-		} else if out.stdoutBytes == 0 {
-			pieces = out.stderr
-		}
-		for _, piece := range pieces {
-			c.Write(piece)
-		}
-	case j.result != nil:
-		return c.json(200, j.result)
-	default:
-		h.Set("Content-Type", "application/json")
-		writeOutcome(c, []byte("{"), out, endingOf(out, e))
 	}
+	if prefers(c.r.Header["Accept"], "text/markdown", "text/html", "application/json") == "application/json" {
+		c.Header().Set("Vary", "Accept")
+		return c.json(200, map[string]any{"skills": list})
+	}
+	return c.document(text)
+}
+
+// document answers with markdown, or with a page for those who would rather have HTML.
+func (c *call) document(body []byte) *apiError {
+	kind := prefers(c.r.Header["Accept"], "text/markdown", "text/html")
+	if kind == "text/html" {
+		body = renderHTML(body)
+	}
+	h := c.Header()
+	h.Set("Content-Type", kind+"; charset=utf-8")
+	h.Set("Vary", "Accept")
+	h.Set("Content-Length", strconv.Itoa(len(body)))
+	c.Write(body)
 	return nil
 }
 
-// writeOutcome encodes captured output piece by piece, so that a large one is never held twice. head is an open object.
-func writeOutcome(w io.Writer, head []byte, out *outcome, last ending) {
-	buf := append(head, `"output":"`...)
-	text := func(pieces chunks) {
-		var t jsonText
-		for _, piece := range pieces {
-			if buf = t.append(buf, piece, false); len(buf) >= encodeBytes {
-				w.Write(buf)
-				buf = buf[:0]
-			}
+// prefers picks what an Accept header likes best (RFC 9110, 12.5.1), the first among equals. A range such as text/* means that.
+func prefers(accept []string, offers ...string) string {
+	best, most := offers[0], 0.0
+	for part := range strings.SplitSeq(strings.Join(accept, ","), ",") {
+		kind, params, _ := mime.ParseMediaType(part)
+		if strings.HasSuffix(kind, "/*") {
+			kind = offers[0]
 		}
-		buf = append(t.append(buf, nil, true), `",`...)
-	}
-	if text(out.stdout); out.stderrBytes > 0 {
-		buf = append(buf, `"stderr":"`...)
-		text(out.stderr)
-	}
-	buf = append(buf, marshal(last)[1:]...)
-	w.Write(append(buf, '\n'))
-}
-
-// jsonText writes bytes that come in pieces as the inside of one JSON string. Bytes that are no UTF-8 become U+FFFD;
-// a character that a piece cuts waits for the next.
-type jsonText struct{ cut []byte }
-
-// append appends src escaped; last: nothing comes that could complete a character.
-func (t *jsonText) append(dst, src []byte, last bool) []byte {
-	if len(t.cut) > 0 {
-		src = append(t.cut, src...)
-	}
-	t.cut = nil
-	for n := 1; !last && n < utf8.UTFMax && n <= len(src); n++ {
-		if tail := src[len(src)-n:]; utf8.RuneStart(tail[0]) {
-			if !utf8.FullRune(tail) {
-				src, t.cut = src[:len(src)-n], slices.Clone(tail)
-			}
-			break
+		q, err := strconv.ParseFloat(cmp.Or(params["q"], "1"), 64)
+		if err == nil && slices.Contains(offers, kind) && (q > most || q == most && kind == offers[0]) {
+			best, most = kind, q
 		}
 	}
-	if !utf8.Valid(src) {
-		src = []byte(string([]rune(string(src)))) // each bad byte is one U+FFFD
-	}
-	for {
-		n := 0
-		for n < len(src) && plainJSON[src[n]] {
-			n++
-		}
-		if dst = append(dst, src[:n]...); n == len(src) {
-			return dst
-		}
-		switch b := src[n]; b {
-		case '"', '\\':
-			dst = append(dst, '\\', b)
-		case '\n':
-			dst = append(dst, `\n`...)
-		default:
-			dst = append(dst, '\\', 'u', '0', '0', '0'+b>>4, "0123456789abcdef"[b&15])
-		}
-		src = src[n+1:]
-	}
+	return best
 }
 
-// plainJSON are the bytes that a JSON string holds as they are.
-var plainJSON = func() (plain [256]bool) {
-	for b := range plain {
-		plain[b] = b >= ' ' && b != '"' && b != '\\'
-	}
-	return plain
-}()
+const (
+	pageHead = `<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>aexec</title>
+<style>pre{max-width:50em;margin:2em auto;padding:0 1em;font:15px/1.5 monospace;white-space:pre-wrap;overflow-wrap:anywhere}</style>
+<pre>`
+	pageEnd = "</pre>\n"
+)
 
-// streamSink writes output as it comes: as NDJSON lines, or raw.
-type streamSink struct {
-	c     *call
-	text  bool
-	parts [2]jsonText
-	buf   []byte
-}
+// safeLink is a link in escaped text: http(s), or relative: no colon, so no other scheme, no // and no backslash, so no other host.
+var safeLink = regexp.MustCompile(`\[([^][]+)\]\((https?://(?:[\w.~:/#?=%+-]|&amp;)+|/?[\w.#-](?:[\w.~/#?=%+-]|&amp;)*)\)`)
 
-// begin sends the headers, so that the client knows that the command runs.
-func (k *streamSink) begin() {
-	h := k.c.Header()
-	h.Set("Content-Type", "application/x-ndjson")
-	if k.text {
-		h.Set("Content-Type", "text/plain; charset=utf-8")
-		h.Set("Trailer", "X-Exit-Code, X-Exec-Error")
-	}
-	k.c.wrote = true
-	k.c.extend()
-	k.c.control.Flush()
-}
-
-func (k *streamSink) output(stream int, p []byte, idle bool) error {
-	if !k.text {
-		p = k.line(stream, p, false)
-	}
-	if _, err := k.c.Write(p); err != nil || !idle {
-		return err
-	}
-	return k.c.control.Flush()
-}
-
-// line is one NDJSON line, or nothing while a character is cut; last: a cut one will not be completed.
-func (k *streamSink) line(stream int, p []byte, last bool) []byte {
-	part, head, tail := &k.parts[stream-1], `{"output":"`, `","length":%d,"status":"running"}`+"\n"
-	if stream == 2 {
-		head, tail = `{"output":null,"stderr":"`, `","status":"running"}`+"\n"
-	}
-	length := len(part.cut) + len(p)
-	k.buf = part.append(append(k.buf[:0], head...), p, last)
-	if length -= len(part.cut); length == 0 {
-		return nil
-	}
-	if stream == 2 {
-		return append(k.buf, tail...)
-	}
-	return fmt.Appendf(k.buf, tail, length)
-}
-
-// finish writes the one last line.
-func (k *streamSink) finish(last ending) {
-	k.c.Write(k.line(1, nil, true))
-	k.c.Write(k.line(2, nil, true))
-	last.Length = nil
-	k.c.Write(append(append([]byte(`{"output":null,`), marshal(last)[1:]...), '\n'))
+// renderHTML shows markdown as it is written, on a page that a person can read: all of it escaped, its safe links marked up.
+func renderHTML(doc []byte) []byte {
+	return []byte(pageHead + safeLink.ReplaceAllString(html.EscapeString(string(doc)), `<a href="$2">$1</a>`) + pageEnd)
 }

@@ -246,8 +246,8 @@ func docsJSON(t *testing.T, where, block string) {
 		}
 		object, _ := v.(map[string]any)
 		if code, _ := object["error"].(string); code != "" && object["hint"] != nil {
-			if e := errorTexts[code]; object["message"] != e.message || object["hint"] != e.hint || object["retryable"] != e.retryable {
-				t.Errorf("%s: the server words %s otherwise: %q, %q", where, code, e.message, e.hint)
+			if e := errorTexts[code]; object["message"] != e.Message || object["hint"] != e.Hint || object["retryable"] != e.Retryable {
+				t.Errorf("%s: the server words %s otherwise: %q, %q", where, code, e.Message, e.Hint)
 			}
 		}
 	}

@@ -422,7 +422,7 @@ func TestPluginAdvice(t *testing.T) {
 	problems := pluginDoctor(p, &settings{})
 	for name, want := range map[string][]string{
 		"nohead": {"nohead/SKILL.md: "},
-		"open":   {"open/SKILL.md: ", "needs a name and a description"},
+		"open":   {"open/SKILL.md: ", "name and description"},
 	} {
 		said := pluginProblems(p, problems, name, true)
 		for _, w := range want {
@@ -1078,6 +1078,7 @@ func pluginServe(t *testing.T, p paths, settings string) *pluginServer {
 		log: log.New(s.log, "", 0), auditFile: p.audit}
 	l, err := listen("127.0.0.1", 0)
 	pluginMust(t, err)
+	pluginMust(t, srv.prepare(l.Addr().String()))
 	s.url = "http://" + l.Addr().String()
 	ctx, cancel := context.WithCancel(t.Context())
 	ended := make(chan error, 1)

@@ -16,7 +16,7 @@ import (
 // The rooms. A file that is not named here does not belong.
 const (
 	system = " sys.go sys_linux.go sys_other.go "
-	rooms  = " main.go acl.go exec.go pipe.go server.go job.go answer.go docs.go config.go strict.go audit.go plugin.go daemon.go cli.go" + system
+	rooms  = " main.go acl.go exec.go pipe.go server.go job.go answer.go config.go strict.go audit.go plugin.go daemon.go cli.go" + system
 )
 
 // powers says who may do what: only the named files may use the imports, names and members. To change this table is to

@@ -1,6 +1,6 @@
-// This file is the HTTP side: listener, connections, gates in order, routes, and the way of a command through hooks and audit; it is apart from answer.go, as it alone decides what a request may do.
+// This file is the HTTP side: listener, connections, routes, and the gates in their order.
 // It may listen and use the network, and it alone.
-// It must not decide about a command or run one itself: it asks acl.go, records in audit.go, runs through exec.go.
+// It must not decide about a command, or run one: it says who may ask for what, and job.go and answer.go do it.
 package main
 
 import (
@@ -27,7 +27,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"time"
 
 	"golang.org/x/time/rate"
@@ -40,15 +39,12 @@ const (
 	writeTimeout         = 30 * time.Second       // for one write: a client that takes nothing for so long is gone
 	lingerTimeout        = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
 	shutdownWait         = 10 * time.Second       // beyond killGraceMs, until the last answer is out
-	settingsRetryAfter   = 5 * time.Second
-	maxHeadBytes         = 32 << 10              // of a request's head
-	maxFields            = 100                   // of a request's head: net/http takes fifty times the size of small ones
-	maxParsing           = 2                     // bodies that are taken apart at once
-	maxSeen              = maxHeadBytes + 4096   // what net/http reads of a head at most
-	maxConns             = 512                   // open connections
-	maxPipelined         = 64 << 10              // bytes that a client may send behind a running command
-	maxRateClients       = 4096                  // addresses with a rate limit of their own, for each class
-	probeTime, probeBody = 5 * time.Second, 4096 // of an answer to probeServer: patience, bytes
+	maxHeadBytes         = 16 << 10               // of a request's head: net/http takes up to fifty times as much memory for one
+	maxSeen              = maxHeadBytes + 4096    // what net/http reads of a head at most
+	maxStrangers         = 512                    // open connections on which no request has the key
+	maxPipelined         = 64 << 10               // bytes that a client may send behind a running command
+	maxRateClients       = 4096                   // addresses whose rate is remembered
+	probeTime, probeBody = 5 * time.Second, 4096  // of an answer to probeServer: patience, bytes
 )
 
 // fixedHeaders are on every answer of ours. The slices are shared: replace them, never append.
@@ -58,20 +54,33 @@ var fixedHeaders = http.Header{
 	"Referrer-Policy":         {"no-referrer"},
 }
 
+// route answers a request that has passed the gates, or gives the error to answer it with.
+type route func(*call) *apiError
+
+func (f route) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
+	c := w.(*call)
+	if e := f(c); e != nil {
+		c.fail(e)
+	}
+}
+
 // routes is every path there is, but those of plugins. All under /api/ and /private/ need the key.
-var routes = map[string]func(*call) *apiError{
+var routes = map[string]route{
 	"GET /ping":                           (*call).ping,
 	"GET /{$}":                            (*call).rootGuide,
-	"GET /SKILL.md":                       (*call).publicSkill,
+	"GET /SKILL.md":                       (*call).skill,
 	"GET /skills":                         (*call).skillIndex,
-	"GET /skills/{name}/SKILL.md":         (*call).publicSkill,
-	"GET /private/skills/{name}/SKILL.md": (*call).pluginDocument,
-	"GET /private/skills/{name}/references/{file}": (*call).pluginDocument,
+	"GET /skills/{name}/SKILL.md":         (*call).skill,
+	"GET /private/skills/{name}/SKILL.md": (*call).skill,
+	"GET /private/skills/{name}/references/{file}": (*call).skill,
 	"GET /api/acl":        (*call).acl,
 	"POST /api/acl/check": (*call).aclCheck,
 	"GET /api/plugins":    (*call).pluginList,
 	"POST /api/exec":      (*call).exec,
 }
+
+// execParameters is every query that POST /api/exec knows.
+var execParameters = []string{"mode=buffered", "mode=stream", "format=json", "format=text"}
 
 // server is one listening aexec.
 type server struct {
@@ -81,54 +90,70 @@ type server struct {
 	runner          *runner
 	plugins         []*plugin // loaded and valid; snapshot.disabled says which are off now
 	log             *log.Logger
-	address         string        // what it listens on, host:port
 	auditFile       string        // where the settings name none
-	maxBody         int64         // these and all below are set by prepare
 	stall, patience time.Duration // writeTimeout, requestTimeout, but less in tests
-	mux             *http.ServeMux
-	skills          []document // embedded
-	quotedKey       string
-	keyless         *limiter // requests without a valid key
-	withKey         *limiter
-	connMu          sync.Mutex
-	conns           map[net.Conn]time.Time // since when each has been without a request with the key; zero: it has one
-	parsing         chan struct{}          // places for bodies that are being taken apart: each can need a hundred times its size
+
+	// What prepare makes:
+	address   string // what it listens on, host:port
+	maxBody   int64
+	quotedKey string // as JSON and %q write it
+	mux       *http.ServeMux
+	documents map[string]document // by path
+	limits    map[bool]*limiter   // of requests with the key and without, so that nobody without it can lock an agent out
+	connMu    sync.Mutex
+	strangers []net.Conn // connections that do not serve a request with the key, who came first before
+	parsing   sync.Mutex // one body at a time is taken apart: it can need a hundred times its size
 }
 
-// listen binds host:port (port 0: any free one). The error says what to do (port taken: by whom to look).
+// listen binds host:port (port 0: any free one). The error says what to do.
 func listen(host string, port int) (net.Listener, error) {
-	address := net.JoinHostPort(host, strconv.Itoa(port))
-	l, err := net.Listen("tcp", address)
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%q is in use by another program: choose another with --port, or `aexec stop --force --port %d` names it and kills it", address, port)
-	case err != nil:
-		return nil, fmt.Errorf("cannot listen on %q, check HOST and PORT (below 1024 only root may): %w", address, err)
+	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
+	if err != nil {
+		return nil, fmt.Errorf("%w: choose another --host or --port, or `aexec stop --force --port %d` names who has it and kills it", err, port)
 	}
 	return l, nil
 }
 
-// serve answers on l until ctx ends, then shuts down: accepts nothing new, ends running commands, answers them, returns when all are answered.
-func (s *server) serve(ctx context.Context, l net.Listener) error {
-	if s.mux == nil {
-		if err := s.prepare(l.Addr().String()); err != nil {
-			return err
+// prepare makes everything that holds for the life of a server that listens on address.
+func (s *server) prepare(address string) error {
+	snap, _, err := s.store.current()
+	if err != nil {
+		return err
+	}
+	quoted := string(marshal(s.start.key.text))
+	s.address, s.maxBody, s.quotedKey = address, snap.MaxRequestBodyBytes, quoted[1:len(quoted)-1]
+	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
+	s.mux, s.documents = http.NewServeMux(), readDocuments(s.plugins)
+	s.limits = map[bool]*limiter{false: newLimiter(snap), true: newLimiter(snap)}
+	for pattern, r := range routes {
+		s.mux.Handle(pattern, r)
+	}
+	for _, p := range s.plugins { // plugin.go has tried the patterns
+		for pattern, argv := range p.routes {
+			s.mux.Handle(pattern, route(func(c *call) *apiError { return c.pluginRoute(p, argv) }))
 		}
 	}
+	return nil
+}
+
+// serve answers on l until ctx ends, then shuts down: accepts nothing new, ends running commands, and returns when all are answered.
+func (s *server) serve(ctx context.Context, l net.Listener) error {
 	h := &http.Server{
 		Handler: s, ErrorLog: s.log, ConnState: s.connState, DisableGeneralOptionsHandler: true,
 		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, connKey{}, conn)
+			return context.WithValue(ctx, s, conn) // the server is the key
 		},
-		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeadBytes,
+		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, WriteTimeout: s.stall, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeadBytes,
 	}
-	ended := make(chan error, 1)
-	go func() { ended <- h.Serve(watchedListener{l}) }()
-	select {
-	case err := <-ended:
+	stopped := make(chan error, 1)
+	context.AfterFunc(ctx, func() { stopped <- s.shutdown(h) })
+	if err := h.Serve(watchedListener{l}); !errors.Is(err, http.ErrServerClosed) {
 		return err
-	case <-ctx.Done():
 	}
+	return <-stopped
+}
+
+func (s *server) shutdown(h *http.Server) error {
 	wait := shutdownWait
 	if snap, _, err := s.store.current(); err == nil {
 		wait += snap.KillGrace
@@ -137,114 +162,44 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 	defer cancel()
 	s.runner.shutdown()
 	s.connMu.Lock()
-	for conn, since := range s.conns {
-		if !since.IsZero() {
-			conn.Close()
-		}
+	for _, conn := range s.strangers {
+		conn.Close()
 	}
 	s.connMu.Unlock()
-	if err := h.Shutdown(late); err != nil {
-		s.log.Printf("connections were still open after %v and are closed now", wait)
-		return h.Close()
-	}
-	return nil
+	h.Shutdown(late)
+	return h.Close() // whoever is still there
 }
 
-// prepare makes everything that holds for the life of the server.
-func (s *server) prepare(address string) error {
-	snap, _, err := s.store.current()
-	if err != nil {
-		return err
-	}
-	s.address = cmp.Or(s.address, address)
-	s.quotedKey = strings.TrimPrefix(strings.TrimSuffix(string(marshal(s.start.key.text)), `"`), `"`)
-	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
-	s.maxBody, s.conns, s.parsing = snap.MaxRequestBodyBytes, map[net.Conn]time.Time{}, make(chan struct{}, maxParsing)
-	s.keyless, s.withKey = newLimiter(snap), newLimiter(snap)
-	s.mux, s.skills = http.NewServeMux(), readSkills()
-	s.mux.HandleFunc("/", func(w http.ResponseWriter, _ *http.Request) { w.(*call).fail(w.(*call).noRoute()) })
-	for pattern, f := range routes {
-		s.handle(pattern, f)
-	}
-	for _, p := range s.plugins { // plugin.go has tried the patterns
-		for pattern, argv := range p.routes {
-			s.handle(pattern, func(c *call) *apiError { return c.pluginRoute(p, argv) })
-		}
-	}
-	return nil
-}
-
-// handle registers a route behind the gates that come after it: the key, and for an API the query.
-func (s *server) handle(pattern string, f func(*call) *apiError) {
-	api := strings.Contains(pattern, " /api/")
-	private := api || strings.Contains(pattern, " /private/")
-	s.mux.HandleFunc(pattern, func(w http.ResponseWriter, _ *http.Request) {
-		c, e := w.(*call), (*apiError)(nil)
-		switch {
-		case private && !c.keyed:
-			e = c.unauthorized()
-		case api:
-			e = c.checkQuery()
-		}
-		if private {
-			c.Header().Set("Cache-Control", "no-store")
-		}
-		if e == nil {
-			e = f(c)
-		}
-		if e != nil {
-			c.fail(e)
-		}
-	})
-}
-
-// connState keeps clients without the key from shutting others out, be they slow, idle, or busy not reading: above maxConns,
-// who has been here longest without a request with the key goes.
+// connState keeps clients without the key from shutting others out, be they slow, idle, or busy not reading: of too many,
+// who has been here longest goes. A connection on which a request had the key counts as closed until that is answered.
 func (s *server) connState(conn net.Conn, state http.ConnState) {
-	s.connMu.Lock()
-	defer s.connMu.Unlock()
-	switch state {
-	case http.StateNew, http.StateIdle:
-		s.conns[conn] = time.Now()
-	case http.StateClosed, http.StateHijacked:
-		delete(s.conns, conn)
-	}
-	if state != http.StateNew || len(s.conns) <= maxConns {
+	if state == http.StateActive {
 		return
 	}
-	oldest := conn
-	for other, since := range s.conns {
-		if !since.IsZero() && since.Before(s.conns[oldest]) {
-			oldest = other
-		}
-	}
-	delete(s.conns, oldest) // it may linger, but not in the place of another
-	oldest.Close()
-}
-
-// keep takes the connection of a request with the key out of those that may be closed for others.
-func (s *server) keep(conn net.Conn) {
 	s.connMu.Lock()
 	defer s.connMu.Unlock()
-	if _, ok := s.conns[conn]; ok {
-		s.conns[conn] = time.Time{}
+	s.strangers = slices.DeleteFunc(s.strangers, func(other net.Conn) bool { return other == conn })
+	if state != http.StateClosed {
+		s.strangers = append(s.strangers, conn)
+	}
+	if len(s.strangers) > maxStrangers {
+		s.strangers[0].Close()
+		s.strangers = s.strangers[1:] // it may linger, but not in the place of another
 	}
 }
 
-// watchedConn keeps what a client sends, for two things that net/http hides: a Content-Length beside a Transfer-Encoding
-// (RFC 9112, 6.1: smuggling; net/http drops the one and serves what stands behind), and a disconnect behind pipelined bytes.
+// watchedConn sees two things that net/http hides: a Content-Length beside a Transfer-Encoding, of which it drops the one and
+// serves what stands behind as a request of its own (RFC 9112, 6.1: smuggling); and a client that goes behind a further request,
+// as net/http's watch for a disconnect ends with the first byte.
 type watchedConn struct {
 	*net.TCPConn
 	busy   atomic.Bool // a command runs, and its request was read whole
+	behind []byte      // what was sent meanwhile
 	mu     sync.Mutex
 	seen   []byte // since the last answer
-	behind []byte // what was sent while busy
 }
 
-type (
-	watchedListener struct{ net.Listener }
-	connKey         struct{}
-)
+type watchedListener struct{ net.Listener }
 
 func (l watchedListener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
@@ -254,32 +209,37 @@ func (l watchedListener) Accept() (net.Conn, error) {
 	return &watchedConn{TCPConn: conn.(*net.TCPConn)}, nil
 }
 
-// Read is called by one goroutine at a time. While a command runs it keeps what comes and reads on: net/http's own watch for
-// a disconnect ends with the first byte.
+// Read is called by one goroutine at a time.
 func (w *watchedConn) Read(p []byte) (int, error) {
-	for {
-		if len(w.behind) > 0 && !w.busy.Load() {
-			n := copy(p, w.behind)
-			w.behind = w.behind[n:]
-			return n, nil
-		}
+	for len(w.behind) == 0 || w.busy.Load() {
 		n, err := w.TCPConn.Read(p)
 		w.mu.Lock()
 		w.seen = append(w.seen, p[:min(n, maxSeen-len(w.seen))]...)
 		w.mu.Unlock()
-		if err != nil || !w.busy.Load() && len(w.behind) == 0 {
+		if err != nil || len(w.behind) == 0 && !w.busy.Load() {
 			return n, err
 		}
 		if w.behind = append(w.behind, p[:n]...); len(w.behind) > maxPipelined {
 			return 0, errors.New("too much was sent behind a running command")
 		}
 	}
+	n := copy(p, w.behind)
+	w.behind = w.behind[n:]
+	return n, nil
 }
 
-// ambiguous says whether the request's head has both framings, or may have: a chunked request behind a pipelined one is refused unseen.
+// forget is called when a request is answered.
+func (w *watchedConn) forget() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.seen = w.seen[:0]
+}
+
+// ambiguous says whether the request's head has both framings, or may have: in HTTP/1.0 net/http does not look at a
+// Transfer-Encoding, and the head of a request that was sent behind another one is not seen here.
 func (w *watchedConn) ambiguous(r *http.Request) bool {
-	old := !r.ProtoAtLeast(1, 1) // where net/http does not look at a Transfer-Encoding
-	if r.ContentLength == 0 && r.TransferEncoding == nil && !old {
+	old := !r.ProtoAtLeast(1, 1)
+	if r.TransferEncoding == nil && !old {
 		return false
 	}
 	w.mu.Lock()
@@ -292,69 +252,52 @@ func (w *watchedConn) ambiguous(r *http.Request) bool {
 // call is one request on its way through the gates, and its answer.
 type call struct {
 	http.ResponseWriter
-	control   *http.ResponseController
-	s         *server
-	r         *http.Request
-	conn      *watchedConn
-	snap      *snapshot // the one under which all of the request is decided and run
-	id        string
-	peer      netip.Addr
-	query     url.Values
-	badQuery  error
-	source    string // where the key was: header, bearer, query, none
-	keyed     bool   // the key is right
-	wrote     bool
-	whole     bool // the body was read to its end
-	unaudited bool // an exec_start could not be written
+	s      *server
+	r      *http.Request
+	conn   *watchedConn
+	snap   *snapshot // the one under which all of the request is decided and run
+	id     string
+	peer   netip.Addr
+	query  url.Values // of an API route, checked
+	source string     // where the key was: header, bearer, query, none
+	keyed  bool       // the key is right
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c := &call{ResponseWriter: w, control: http.NewResponseController(w), s: s, r: r, id: rand.Text(), whole: r.ContentLength == 0}
-	c.conn = r.Context().Value(connKey{}).(*watchedConn)
+	c := &call{ResponseWriter: w, s: s, r: r, conn: r.Context().Value(s).(*watchedConn), id: rand.Text()}
 	defer c.leave()
 	maps.Copy(w.Header(), fixedHeaders)
 	w.Header()["X-Request-Id"] = []string{c.id}
-	if !c.whole { // until readArgs has read it to its end
-		w.Header().Set("Connection", "close")
-		c.extend() // for a 100 Continue
+	if r.ContentLength != 0 {
+		w.Header().Set("Connection", "close") // until readArgs has read the body to its end
+		defer func() { c.conn.SetReadDeadline(time.Now().Add(lingerTimeout)) }()
 	}
-	c.query, c.badQuery = url.ParseQuery(r.URL.RawQuery)
 	if e := c.gates(); e != nil {
 		c.fail(e)
+		return
+	}
+	s.mux.ServeHTTP(c, r)
+}
+
+// leave ends a request. A panic costs its client the connection, and the log does not show the key.
+func (c *call) leave() {
+	c.conn.forget()
+	if v := recover(); v != nil {
+		c.s.log.Printf("internal error in request %s: %q\n%s", c.id, c.s.redact(fmt.Sprint(v)), debug.Stack())
+		panic(http.ErrAbortHandler)
 	}
 }
 
-// extend gives what is written next its own time, so that a client that takes nothing cannot hold a command or a slot.
-func (c *call) extend() {
-	c.control.SetWriteDeadline(time.Now().Add(c.s.stall))
-}
-
+// Write has its own time, so that a client that takes nothing cannot hold a command or a slot.
 func (c *call) Write(p []byte) (int, error) {
-	c.wrote = true
-	c.extend()
+	c.conn.SetWriteDeadline(time.Now().Add(c.s.stall))
 	return c.ResponseWriter.Write(p)
 }
 
-// leave turns a panic into an answer if none has begun, and lets the server live.
-func (c *call) leave() {
-	c.conn.mu.Lock()
-	c.conn.seen = c.conn.seen[:0]
-	c.conn.mu.Unlock()
-	if !c.whole {
-		c.control.SetReadDeadline(time.Now().Add(lingerTimeout))
-	}
-	v := recover()
-	if v == nil {
-		return
-	}
-	if v != http.ErrAbortHandler {
-		c.s.log.Printf("internal error in request %s: %q\n%s", c.id, c.s.redact(fmt.Sprint(v)), debug.Stack())
-		if !c.wrote {
-			c.fail(newError("internal"))
-			return
-		}
-	}
-	panic(http.ErrAbortHandler) // net/http closes the connection without a word
+// flush sends what was written so far, at least the headers.
+func (c *call) flush() error {
+	c.Write(nil)
+	return http.NewResponseController(c.ResponseWriter).Flush()
 }
 
 // redact knows the key as it is, and as JSON and %q write it.
@@ -369,13 +312,9 @@ func (c *call) gates() *apiError {
 	case c.conn.ambiguous(c.r):
 		c.Header().Set("Connection", "close") // what stands behind it may be meant as its body
 		return newError("invalid_request")
-	case len(c.r.Header) > maxFields:
-		c.r.Header = nil // not to be kept for as long as a client takes to read this
-		return newError("invalid_request").because("The request's head has more than %d fields.", maxFields)
 	case !cleanPath(c.r.URL):
 		return newError("not_found")
-	case at == "/ping":
-		c.s.mux.ServeHTTP(c, c.r)
+	case at == "/ping" && (c.r.Method == "GET" || c.r.Method == "HEAD"):
 		return nil
 	case !c.s.start.enabled:
 		return newError("disabled")
@@ -385,7 +324,6 @@ func (c *call) gates() *apiError {
 		c.s.announce(snap, err)
 	}
 	if err != nil {
-		c.retryAfter(settingsRetryAfter)
 		return newError("settings_invalid")
 	}
 	c.snap = snap
@@ -393,188 +331,167 @@ func (c *call) gates() *apiError {
 	if c.peer = peer.Addr().Unmap().WithZone(""); err != nil || !snap.ipAllowed(c.peer) {
 		return newError("ip_denied")
 	}
-	limit := c.s.keyless
-	if c.findKey(); c.keyed { // counted apart, so that nobody without a key can lock an agent out
-		limit = c.s.withKey
-		c.s.keep(c.conn)
+	if c.findKey(); c.keyed {
+		c.s.connState(c.conn, http.StateClosed)
+		c.Header().Set("Cache-Control", "no-store")
 	}
-	if wait := limit.wait(c.peer, time.Now()); wait > 0 {
-		c.retryAfter(wait)
-		return newError("rate_limited")
+	if wait := c.s.limits[c.keyed].take(c.peer, time.Now()); wait > 0 {
+		e := newError("rate_limited")
+		e.wait = int((wait + time.Second - 1) / time.Second)
+		return e
 	}
-	command := strings.HasPrefix(at, "/api/command/")
-	if (command || strings.HasPrefix(at, "/private/")) && !c.keyed {
-		return c.unauthorized() // what is there is not for strangers to know
+	api, command := strings.HasPrefix(at, "/api/"), strings.HasPrefix(at, "/api/command/")
+	handler, pattern := c.s.mux.Handler(c.r)
+	switch {
+	case !c.keyed && (command || strings.HasPrefix(at, "/private/") || api && pattern != ""):
+		c.s.note(c.record("auth_failed"))
+		c.Header().Set("WWW-Authenticate", `Bearer realm="agent-exec"`)
+		return newError("unauthorized") // there, what is not there is not for strangers to know either
+	case command && c.r.Method == "HEAD" && pattern != "": // by a pattern with GET, but a plugin's route runs something
+		c.Header().Set("Allow", "GET")
+		return newError("method_not_allowed")
+	case pattern == "":
+		handler.ServeHTTP(silent{c.ResponseWriter}, c.r) // sets Allow if the path takes another method
+		if c.Header()["Allow"] != nil {
+			return newError("method_not_allowed")
+		}
+		return newError("not_found")
+	case api:
+		return c.checkQuery()
 	}
-	if command && c.r.Method == "HEAD" {
-		return c.noRoute() // patterns with GET serve HEAD too, but a plugin's route runs something
-	}
-	c.s.mux.ServeHTTP(c, c.r)
 	return nil
 }
+
+// silent takes only the headers of an answer.
+type silent struct{ http.ResponseWriter }
+
+func (silent) WriteHeader(int)             {}
+func (silent) Write(p []byte) (int, error) { return len(p), nil }
 
 // cleanPath refuses what a proxy, the mux and a plugin could each read as another path.
 func cleanPath(u *url.URL) bool {
 	p := u.Path
-	return strings.HasPrefix(p, "/") && (path.Clean(p) == p || path.Clean(p)+"/" == p && p != "//") && !strings.ContainsAny(p, "\x00\\") &&
-		strings.Count(u.EscapedPath(), "/") == strings.Count(p, "/")
+	clean := path.Clean(p) == p || path.Clean(p)+"/" == p && p != "//"
+	return strings.HasPrefix(p, "/") && clean && !strings.ContainsAny(p, "\x00\\") &&
+		strings.Count(u.EscapedPath(), "/") == strings.Count(p, "/") // none of them encoded
 }
 
 // announce reports what a reload brought; the store tells it to one request only.
 func (s *server) announce(snap *snapshot, err error) {
+	record := auditRecord{Event: "settings_reloaded"}
 	if err != nil {
-		s.log.Printf("settings are unusable, nothing is allowed until they are mended: %v", err)
-		s.note(auditRecord{Event: "settings_invalid", Reason: err.Error()})
-		return
-	}
-	s.log.Print("settings reloaded")
-	if err := s.audit.reconfigure(cmp.Or(snap.AuditFile, s.auditFile), snap.AuditEnabled); err != nil {
+		record = auditRecord{Event: "settings_invalid", Reason: err.Error()}
+	} else if err := s.audit.reconfigure(cmp.Or(snap.AuditFile, s.auditFile), snap.AuditEnabled); err != nil {
 		s.log.Printf("cannot follow the audit settings: %v", err)
 	}
-	s.note(auditRecord{Event: "settings_reloaded"})
+	s.log.Print(record.Event, " ", record.Reason)
+	s.note(record)
 }
 
-// note records what need not hold anything up.
-func (s *server) note(r auditRecord) {
-	if err := s.audit.append(r); err != nil {
+// note records something, and logs it if it cannot.
+func (s *server) note(r auditRecord) error {
+	err := s.audit.append(r)
+	if err != nil {
 		s.log.Printf("cannot record %s: %v", r.Event, err)
 	}
+	return err
 }
 
 // findKey looks at every place where a key may stand. All that are used must hold the right one, and none twice.
 func (c *call) findKey() {
-	places := [][]string{nil, c.r.Header["Authorization"], c.r.Header["X-Api-Key"]}
-	if c.s.start.allowQueryKey && c.badQuery == nil {
-		places[0] = c.query["apiKey"]
-	}
-	right, wrong := false, false
-	c.source = "none"
-	for i, keys := range places {
-		wrong = wrong || len(keys) > 1
-		for _, key := range keys {
-			if scheme, token, _ := strings.Cut(key, " "); i == 1 && strings.EqualFold(scheme, "Bearer") {
-				key = strings.TrimSpace(token)
-			} else if i == 1 {
-				continue // another scheme's, as a proxy may want it
-			}
-			c.source = []string{"query", "bearer", "header"}[i]
-			matches := c.s.start.key.matches(key)
-			right, wrong = right || matches, wrong || !matches
+	places := map[string][]string{"header": c.r.Header["X-Api-Key"]}
+	for _, value := range c.r.Header["Authorization"] {
+		if scheme, token, _ := strings.Cut(value, " "); strings.EqualFold(scheme, "Bearer") { // another scheme's may be a proxy's
+			places["bearer"] = append(places["bearer"], strings.TrimSpace(token))
 		}
 	}
-	c.keyed = right && !wrong
-}
-
-func (c *call) unauthorized() *apiError {
-	if err := c.s.audit.append(c.record("auth_failed", nil)); err != nil {
-		c.s.log.Printf("cannot record auth_failed: %v", err)
+	if c.s.start.allowQueryKey {
+		places["query"] = c.r.URL.Query()["apiKey"]
 	}
-	c.Header().Set("WWW-Authenticate", `Bearer realm="agent-exec"`)
-	return newError("unauthorized")
-}
-
-// noRoute asks the mux which other methods the path takes; all that no route takes are the pattern / there.
-func (c *call) noRoute() *apiError {
-	var allow []string
-	for _, method := range []string{"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"} {
-		_, pattern := c.s.mux.Handler(&http.Request{Method: method, URL: c.r.URL})
-		if pattern != "/" && (method != "HEAD" || !strings.HasPrefix(c.r.URL.Path, "/api/command/")) {
-			allow = append(allow, method)
+	c.source, c.keyed = "none", true
+	for _, source := range []string{"query", "bearer", "header"} {
+		if keys := places[source]; len(keys) > 0 {
+			c.source = source
+			c.keyed = c.keyed && len(keys) == 1 && c.s.start.key.matches(keys[0])
 		}
 	}
-	if allow == nil {
-		return newError("not_found")
-	}
-	c.Header().Set("Allow", strings.Join(allow, ", "))
-	return newError("method_not_allowed")
+	c.keyed = c.keyed && c.source != "none"
 }
 
-// limiter is a token bucket for each client address (IPv6: each /64, which is what one client has). Beyond maxRateClients those
-// that come new share one bucket, that of no address, so that many addresses neither grow memory nor win anything.
+// limiter is a token bucket for each client address (IPv6: each /64, which is what one client has).
 type limiter struct {
 	mu      sync.Mutex
-	every   rate.Limit
-	burst   int // 0: no limit
+	every   time.Duration // for one more token
+	burst   int           // 0: no limit
 	clients map[netip.Prefix]*rate.Limiter
-	swept   time.Time
 }
 
 func newLimiter(snap *snapshot) *limiter {
-	return &limiter{every: rate.Limit(float64(snap.RateMax) / snap.RateWindow.Seconds()), burst: snap.RateMax, clients: map[netip.Prefix]*rate.Limiter{}}
+	every := snap.RateWindow / time.Duration(max(1, snap.RateMax))
+	return &limiter{every: every, burst: snap.RateMax, clients: map[netip.Prefix]*rate.Limiter{}}
 }
 
-// wait takes a token, or says how long until there is one.
-func (l *limiter) wait(client netip.Addr, now time.Time) time.Duration {
+// take takes a token, or says how long until there is one at the latest. Of too many clients all are forgotten: who has thousands
+// of addresses has thousands of limits anyway.
+func (l *limiter) take(client netip.Addr, now time.Time) time.Duration {
 	if l.burst == 0 {
 		return 0
 	}
 	prefix, _ := client.Prefix(min(64, client.BitLen()))
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	full := func() bool { return l.clients[prefix] == nil && len(l.clients) >= maxRateClients-1 }
-	if full() && now.Sub(l.swept) > time.Second {
-		l.swept = now // a full bucket is as good as none
-		maps.DeleteFunc(l.clients, func(_ netip.Prefix, b *rate.Limiter) bool { return b.TokensAt(now) >= float64(l.burst) })
-	}
-	if full() {
-		prefix = netip.Prefix{}
-	}
 	if l.clients[prefix] == nil {
-		l.clients[prefix] = rate.NewLimiter(l.every, l.burst)
+		if len(l.clients) == maxRateClients {
+			clear(l.clients)
+		}
+		l.clients[prefix] = rate.NewLimiter(rate.Every(l.every), l.burst)
 	}
-	taken := l.clients[prefix].ReserveN(now, 1)
-	delay := taken.DelayFrom(now)
-	if delay > 0 {
-		taken.CancelAt(now)
+	if l.clients[prefix].AllowN(now, 1) {
+		return 0
 	}
-	return delay
+	return l.every
 }
 
 // checkQuery admits only the parameters that the route knows, each once.
 func (c *call) checkQuery() *apiError {
-	known := url.Values{}
-	if c.r.URL.Path == "/api/exec" {
-		known = url.Values{"mode": {"buffered", "stream"}, "format": {"json", "text"}}
+	query, err := url.ParseQuery(c.r.URL.RawQuery)
+	if err != nil {
+		return newError("invalid_query")
 	}
-	if c.s.start.allowQueryKey {
-		known["apiKey"] = c.query["apiKey"] // whatever it is: findKey has looked at it
-	}
-	if c.badQuery != nil {
-		return newError("invalid_query").because("The query is malformed: broken percent-encoding, or a semicolon.")
-	}
-	for name, given := range c.query {
-		if len(given) > 1 || !slices.Contains(known[name], given[0]) {
+	for name, values := range query {
+		key := name == "apiKey" && c.s.start.allowQueryKey // findKey has looked at it
+		known := c.r.URL.Path == "/api/exec" && slices.Contains(execParameters, name+"="+values[0])
+		if len(values) > 1 || !key && !known {
 			return newError("invalid_query").because("The query parameter %q is unknown here, repeated, or has a bad value.", name)
 		}
 	}
+	c.query = query
 	return nil
 }
 
 // readArgs is the body gate. It reads the body to its end: only then does net/http notice that the client has gone.
 func (c *call) readArgs() ([]string, *apiError) {
-	kind, _, err := mime.ParseMediaType(strings.Join(c.r.Header["Content-Type"], ","))
+	kind, _, err := mime.ParseMediaType(c.r.Header.Get("Content-Type"))
 	if err != nil || kind != "application/json" {
 		return nil, newError("unsupported_media_type")
 	}
 	if c.r.ContentLength > c.s.maxBody {
-		return nil, newError("body_too_large")
+		return nil, newError("body_too_large") // also before a 100 Continue asks for it
 	}
-	data, err := io.ReadAll(http.MaxBytesReader(c.ResponseWriter, c.r.Body, c.s.maxBody))
+	data, err := io.ReadAll(io.LimitReader(c.r.Body, c.s.maxBody+1))
 	switch {
-	case errors.As(err, new(*http.MaxBytesError)):
-		return nil, newError("body_too_large")
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		e := newError("timeout").because("The body did not arrive within %v, so nothing ran.", c.s.patience)
-		e.Hint = "Send the whole request at once."
-		return nil, e
+		return nil, newError("timeout").because("The body did not arrive within %v, so nothing ran.", c.s.patience)
 	case err != nil:
-		return nil, newError("invalid_request").because("The body broke off, or its encoding is malformed.")
+		return nil, newError("invalid_request")
+	case int64(len(data)) > c.s.maxBody:
+		return nil, newError("body_too_large")
 	}
-	if c.whole = true; c.r.TransferEncoding == nil {
+	if c.r.TransferEncoding == nil {
 		c.Header().Del("Connection")
 	}
-	c.s.parsing <- struct{}{}
-	defer func() { <-c.s.parsing }()
+	c.s.parsing.Lock()
+	defer c.s.parsing.Unlock()
 	return parseExecBody(data)
 }
 
