@@ -336,7 +336,7 @@ func TestRotateIsAtomic(t *testing.T) {
 	}()
 	for {
 		s, err := loadStartup(p, startupFlags{})
-		if err != nil || len(s.key.text) != 52 {
+		if err != nil || len(s.key.text) != 64 {
 			t.Errorf("a key in between: %v", err)
 		}
 		select {
