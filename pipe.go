@@ -33,11 +33,12 @@ type chunks [][]byte
 type plumbing struct {
 	limit     int64
 	total     atomic.Int64
-	broken    chan end   // the first reason of the output to end the run; room for one
-	sink      sink       // nil: captured
-	sinking   sync.Mutex // one call of sink at a time
-	streams   [2]stream  // standard output, standard error
-	stdin     *os.File   // our end, nil for /dev/null
+	stop      func(error) // ends the run; the error is an end
+	sink      sink        // nil: captured
+	sinking   sync.Mutex  // one call of sink at a time
+	failure   error       // of the sink, which gets nothing more
+	streams   [2]stream   // standard output, standard error
+	stdin     *os.File    // our end, nil for /dev/null
 	input     []byte
 	childSide [3]*os.File // what the child gets as 0, 1, 2
 	null      *os.File    // the one of them that is not ours to close
@@ -53,8 +54,8 @@ type stream struct {
 	rest     int  // and so much was waiting then
 }
 
-func openPlumbing(c command, null *os.File) (p *plumbing, err error) {
-	p = &plumbing{limit: c.maxBytes, broken: make(chan end, 1), sink: c.sink, input: c.stdin, null: null, childSide: [3]*os.File{null, null, null}}
+func openPlumbing(c command, null *os.File, stop func(error)) (p *plumbing, err error) {
+	p = &plumbing{limit: c.maxBytes, stop: stop, sink: c.sink, input: c.stdin, null: null, childSide: [3]*os.File{null, null, null}}
 	defer func() {
 		if err != nil {
 			p.closeChildSide()
@@ -102,12 +103,7 @@ func (p *plumbing) pump() {
 		}()
 	}
 	for i := range p.streams {
-		s := &p.streams[i]
-		if p.sink != nil {
-			p.pumps.Go(func() { p.forward(s) })
-		} else {
-			p.pumps.Go(func() { p.capture(s) })
-		}
+		p.pumps.Go(func() { p.move(&p.streams[i]) })
 	}
 }
 
@@ -120,54 +116,42 @@ func (p *plumbing) drain() {
 	p.pumps.Wait()
 }
 
-// capture keeps what fits the limit, in pieces, and reads on to the end.
-func (p *plumbing) capture(s *stream) {
-	for size := firstChunkBytes; ; size = chunkBytes {
-		piece := make([]byte, size)
-		have := 0
-		for have < size {
-			n, err := s.read(piece[have:])
-			have += p.admit(n)
-			if err != nil {
-				s.keep(piece[:have])
-				return
-			}
-			if p.total.Load() > p.limit {
-				break
-			}
-		}
-		s.keep(piece[:have])
+// move keeps what fits the limit, in pieces, or hands it to the sink, and reads on to the end.
+func (p *plumbing) move(s *stream) {
+	size := chunkBytes
+	if p.sink != nil {
+		size = streamBytes
 	}
-}
-
-func (s *stream) keep(piece []byte) {
-	if len(piece) > 0 {
-		s.captured = append(s.captured, piece)
-		s.bytes += int64(len(piece))
-	}
-}
-
-// forward hands what fits the limit to the sink, and reads on to the end.
-func (p *plumbing) forward(s *stream) {
-	buffer := make([]byte, firstChunkBytes)
-	for {
-		n, err := s.read(buffer)
-		if fits := p.admit(n); fits > 0 {
-			p.sinking.Lock()
-			failure := p.sink.output(s.number, buffer[:fits], pendingBytes(s.file) == 0)
-			p.sinking.Unlock()
-			if failure != nil {
-				p.stop(endClient)
-				p.total.Add(p.limit) // and nothing more is admitted
-			}
-			s.bytes += int64(fits)
+	for piece := make([]byte, 0, firstChunkBytes); ; {
+		n, err := s.read(piece[len(piece):cap(piece)])
+		fits := p.admit(n)
+		s.bytes += int64(fits)
+		piece = piece[:len(piece)+fits]
+		full := len(piece) == cap(piece)
+		if p.sink != nil {
+			p.hand(s, piece)
+			piece = piece[:0]
+		} else if (full || err != nil) && len(piece) > 0 {
+			s.captured = append(s.captured, piece)
 		}
 		if err != nil {
 			return
 		}
-		if n == len(buffer) && n < streamBytes {
-			buffer = make([]byte, streamBytes)
+		if full && (p.sink == nil || cap(piece) < size) {
+			piece = make([]byte, 0, size)
 		}
+	}
+}
+
+// hand gives a piece to the sink, unless that has failed.
+func (p *plumbing) hand(s *stream, piece []byte) {
+	p.sinking.Lock()
+	defer p.sinking.Unlock()
+	if len(piece) == 0 || p.failure != nil {
+		return
+	}
+	if p.failure = p.sink.output(s.number, piece, pendingBytes(s.file) == 0); p.failure != nil {
+		p.stop(endClient)
 	}
 }
 
@@ -199,20 +183,14 @@ func (p *plumbing) admit(n int) int {
 	return max(0, n-int(over))
 }
 
-func (p *plumbing) stop(why end) {
-	select {
-	case p.broken <- why:
-	default:
-	}
-}
-
 // outcome sums up a run that started.
 func (p *plumbing) outcome(why end, status syscall.WaitStatus) outcome {
-	if why == endExit {
-		select {
-		case why = <-p.broken: // by what was still in the pipe
-		default:
-		}
+	switch { // what was still in the pipe after an exit counts too
+	case why != endExit:
+	case p.failure != nil:
+		why = endClient
+	case p.total.Load() > p.limit:
+		why = endOutput
 	}
 	out, errs := &p.streams[0], &p.streams[1]
 	o := outcome{end: why, stdout: out.captured, stderr: errs.captured, stdoutBytes: out.bytes, stderrBytes: errs.bytes}

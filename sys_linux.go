@@ -8,12 +8,14 @@ import (
 	"errors"
 	"fmt"
 	"hash/fnv"
+	"io"
+	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -30,18 +32,16 @@ const (
 	tagDirBits        = 20
 	tagRunBits        = 36
 	tagOwner   runTag = (1<<28 - 1) << tagRunBits // magic and directory
+	untagged   runTag = unix.RLIM_INFINITY
 )
 
 func (t runTag) tagged() bool { return t>>56 == tagMagic>>56 }
 
-// ownTag gives this process's tag, or what stands in its place.
-func ownTag() runTag {
-	t, _ := tagOf(0)
-	return t
-}
-
 // beneathServer says whether this process was started by a command of an aexec server, which could have lowered its tag.
-func beneathServer() bool { return uint64(ownTag()) != unix.RLIM_INFINITY }
+func beneathServer() bool {
+	own, ok := tagOf(0)
+	return !ok || own != untagged
+}
 
 // prepareProcess makes this process the parent of all orphans below it (prctl(2), PR_SET_CHILD_SUBREAPER), forbids core
 // dumps to it and its children, and gives the first tag of the directory.
@@ -61,11 +61,9 @@ func prepareProcess(id string) (runTag, error) {
 	if err != nil {
 		return 0, fmt.Errorf("close inherited descriptors: %w", err)
 	}
-	own := ownTag()
-	if own.tagged() { // an earlier runner of this process
+	if own, _ := tagOf(0); own.tagged() { // an earlier runner of this process
 		return own - 1, nil
-	}
-	if uint64(own) != unix.RLIM_INFINITY {
+	} else if own != untagged {
 		return 0, errors.New("the limit RLIMIT_RSS is already lowered, and aexec marks its commands with it: start it with ulimit -H -m unlimited (systemd: LimitRSS=infinity)")
 	}
 	h := fnv.New32a()
@@ -87,48 +85,46 @@ func setTag(t runTag) error {
 // process has another user, /proc tells (slower).
 func tagOf(pid int) (runTag, bool) {
 	var limit unix.Rlimit
-	switch err := unix.Prlimit(pid, unix.RLIMIT_RSS, nil, &limit); err {
-	case nil:
+	if unix.Prlimit(pid, unix.RLIMIT_RSS, nil, &limit) == nil {
 		return runTag(limit.Max), true
-	case unix.ESRCH:
-		return 0, false
 	}
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/limits")
+	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/limits")
+	_, line, found := strings.Cut(string(text), "Max resident set")
+	var soft, hard string
+	fmt.Sscan(line, &soft, &hard)
+	tag, err := strconv.ParseUint(hard, 10, 64)
 	if err != nil {
-		return 0, false
+		return untagged, found // "unlimited"
 	}
-	_, line, _ := strings.Cut(string(text), "Max resident set")
-	fields := strings.Fields(line)
-	if len(fields) < 2 {
-		return 0, false
-	}
-	hard, err := strconv.ParseUint(strings.Replace(fields[1], "unlimited", "18446744073709551615", 1), 10, 64)
-	return runTag(hard), err == nil
+	return runTag(tag), true
 }
 
 // taggedProcesses lists all processes with a tag of the same directory as like, dead ones apart.
 func taggedProcesses(like runTag) (pids []int) {
-	for _, pid := range allProcesses() {
-		if t, ok := tagOf(pid); ok && t&tagOwner == like&tagOwner && pid != os.Getpid() && !isDead(pid) {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+	return slices.DeleteFunc(allProcesses(), func(pid int) bool {
+		its, _ := tagOf(pid)
+		return its&tagOwner != like&tagOwner || pid == os.Getpid() || isDead(pid)
+	})
 }
 
-func allProcesses() (pids []int) {
+func allProcesses() []int {
 	proc, err := os.Open("/proc")
 	if err != nil {
 		return nil
 	}
 	defer proc.Close()
 	names, _ := proc.Readdirnames(-1)
-	for _, name := range names {
-		if pid, err := strconv.Atoi(name); err == nil {
-			pids = append(pids, pid)
+	return numbers(names)
+}
+
+// numbers are those of the words that are one.
+func numbers(words []string) (list []int) {
+	for _, word := range words {
+		if n, err := strconv.Atoi(word); err == nil {
+			list = append(list, n)
 		}
 	}
-	return pids
+	return list
 }
 
 // procStat gives the state, the parent and the number of threads of a process, from /proc/PID/stat (proc_pid_stat(5)): its
@@ -150,54 +146,29 @@ func isDead(pid int) bool {
 	return state == 0 || (state == 'Z' || state == 'X') && threads <= 1
 }
 
-// childList is the list of one thread's children. A child that was made with CLONE_PARENT is listed under the thread that
-// made its maker, an orphan under the subreaper's main thread.
-type childList struct{ fd int } // fd -1: the kernel has no lists (CONFIG_PROC_CHILDREN)
-
-func openChildList(tid int) *childList {
-	path := fmt.Sprintf("/proc/self/task/%d/children", tid)
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		fd = -1
-	}
-	return &childList{fd}
+// childList opens the list of one thread's children; nil: the kernel has no lists (CONFIG_PROC_CHILDREN). A child that was
+// made with CLONE_PARENT is listed under the thread that made its maker, an orphan under the subreaper's main thread.
+func childList(tid int) *os.File {
+	list, _ := os.Open(fmt.Sprintf("/proc/self/task/%d/children", tid))
+	return list
 }
 
-// pids reads the list anew.
-func (l *childList) pids() (pids []int) {
-	if l.fd < 0 {
-		return childrenByParent()
+// childrenIn reads a list anew.
+func childrenIn(list *os.File) []int {
+	if list == nil {
+		return slices.DeleteFunc(allProcesses(), func(pid int) bool {
+			_, parent, _ := procStat(pid)
+			return parent != os.Getpid()
+		})
 	}
-	var text []byte
-	buffer := make([]byte, 4096)
-	for {
-		n, err := unix.Pread(l.fd, buffer, int64(len(text)))
-		if n <= 0 || err != nil {
-			break
-		}
-		text = append(text, buffer[:n]...)
-	}
-	for _, field := range strings.Fields(string(text)) {
-		if pid, err := strconv.Atoi(field); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
-}
-
-func childrenByParent() (pids []int) {
-	for _, pid := range allProcesses() {
-		if _, parent, _ := procStat(pid); parent == os.Getpid() {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+	text, _ := io.ReadAll(io.NewSectionReader(list, 0, math.MaxInt64))
+	return numbers(strings.Fields(string(text)))
 }
 
 func onMainThread() bool { return unix.Gettid() == os.Getpid() }
 
 // prepareSpawner readies the calling thread, which must be locked, for starting commands. no_new_privs cannot be unset.
-func prepareSpawner(noNewPrivs bool) *childList {
+func prepareSpawner(noNewPrivs bool) *os.File {
 	unix.KeyctlJoinSessionKeyring("") // keys of the server's session are not for commands; old kernels have none
 	if noNewPrivs {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
@@ -210,47 +181,32 @@ func prepareSpawner(noNewPrivs bool) *childList {
 		a.Runtime, a.Flags = spawnerSlice, a.Flags|unix.SCHED_FLAG_RESET_ON_FORK
 		unix.SchedSetAttr(0, a, 0) // where that is not known, starts are a little later
 	}
-	return openChildList(unix.Gettid())
+	return childList(unix.Gettid())
 }
 
-// startSpec is what one start needs; with a status pipe it goes through the launcher.
-type startSpec struct {
-	path   string
-	argv   []string
-	env    []string
-	dir    string
-	files  []*os.File
-	cred   *credential
-	limits *rlimits // not nil: go through the launcher
-	status *os.File // of the launcher: what it could not do
-}
-
-// launch has the start go through the launcher: this binary, that sets the limits and becomes the command.
-func (s *startSpec) launch(l rlimits) { s.limits = &l }
-
-// start makes the child (a session of its own, that dies with this thread) and returns when the kernel has done the exec.
-func (s *startSpec) start() (pid int, err error) {
-	path, argv, files := s.path, s.argv, s.files
-	if s.limits != nil {
-		var report *os.File
-		if s.status, report, err = os.Pipe(); err != nil {
-			return 0, err
+// startCommand makes the child (a session of its own, that dies with this thread) and returns when the kernel has done the
+// exec. The launcher is this binary, that sets the limits and becomes the command, or else says on report why not.
+func startCommand(c *command, path string, launcher bool, files []*os.File) (pid int, report *os.File, err error) {
+	argv := c.what.argv
+	if launcher {
+		var theirs *os.File
+		if report, theirs, err = os.Pipe(); err != nil {
+			return 0, nil, err
 		}
-		defer report.Close()
-		files = append(files[:len(files):len(files)], report)
-		path, argv = ownBinary(), append([]string{launcherName, s.limits.encode(), s.path}, s.argv...)
+		defer theirs.Close()
+		l := c.limits
+		limits := fmt.Sprint(l.CPUSeconds, l.MemoryBytes, l.FileBytes, l.OpenFiles, l.Processes)
+		path, argv, files = ownBinary(), append([]string{launcherName, limits, path}, argv...), slices.Concat(files, []*os.File{theirs})
 	}
-	return forkExec(path, argv, s.dir, s.env, files, s.cred, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
+	pid, err = forkExec(c, path, argv, files, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
+	return pid, report, err
 }
 
-// confirm waits until the launcher has become the command, or gives the error that kept it from that.
-func (s *startSpec) confirm() error {
-	if s.status == nil {
-		return nil
-	}
-	defer s.status.Close()
+// launcherError waits until the launcher has become the command (nil), or gives the error that kept it from that.
+func launcherError(report *os.File) error {
+	defer report.Close()
 	var errno [4]byte
-	if n, _ := s.status.Read(errno[:]); n == len(errno) {
+	if n, _ := report.Read(errno[:]); n == len(errno) {
 		return syscall.Errno(binary.NativeEndian.Uint32(errno[:]))
 	}
 	return nil
@@ -260,10 +216,6 @@ const (
 	launcherName   = "aexec: launcher" // as argv[0]; no command name that aexec resolves to itself
 	launcherReport = 3                 // descriptor
 )
-
-func (l rlimits) encode() string {
-	return fmt.Sprint(l.CPUSeconds, l.MemoryBytes, l.FileBytes, l.OpenFiles, l.Processes)
-}
 
 // launched is the launcher: when this process was started as one, it sets its limits and becomes the command. It runs before
 // anything else in main. If it returns true, that failed: the errno that a shell would report is on the descriptor, and
@@ -368,19 +320,19 @@ func pendingBytes(f *os.File) (n int) {
 // waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own. A pidfd lets the runtime's
 // poller do the waiting (pidfd_open(2)); where the kernel has none for it (before Linux 5.10) this holds a thread.
 func waitExit(pid int) {
-	dead := func(flags int) bool {
+	dead := func(kind, id, flags int) bool {
 		var info unix.Siginfo
-		err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOWAIT|flags, nil)
+		err := unix.Waitid(kind, id, &info, unix.WEXITED|unix.WNOWAIT|flags, nil)
 		return err == nil && info.Signo != 0 || err != nil && err != unix.EINTR
 	}
 	if fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK); err == nil {
 		f := os.NewFile(uintptr(fd), "pidfd")
 		defer f.Close()
-		if c, err := f.SyscallConn(); err == nil && c.Read(func(uintptr) bool { return dead(unix.WNOHANG) }) == nil {
+		if c, err := f.SyscallConn(); err == nil && c.Read(func(fd uintptr) bool { return dead(unix.P_PIDFD, int(fd), unix.WNOHANG) }) == nil {
 			return
 		}
 	}
-	for !dead(0) {
+	for !dead(unix.P_PID, pid, 0) {
 	}
 }
 
@@ -388,33 +340,6 @@ func waitExit(pid int) {
 func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 	return int64(st.Ctim.Sec), int64(st.Ctim.Nsec)
 }
-
-// ---- daemon.go's: the pid file's lock, pidfds, and the server's own secrecy
-
-// processHandle is a pidfd: it means one process even when that has ended and its number was given away (pidfd_open(2)).
-type processHandle struct{ fd int }
-
-// openProcess gives syscall.ESRCH if there is no such process.
-func openProcess(pid int) (processHandle, error) {
-	fd, err := unix.PidfdOpen(pid, 0)
-	return processHandle{fd}, err
-}
-
-func (h processHandle) signal(s syscall.Signal) error {
-	return unix.PidfdSendSignal(h.fd, s, nil, 0)
-}
-
-// wait returns true as soon as the process is dead, reaped or not (poll(2) finds a pidfd readable then).
-func (h processHandle) wait(patience time.Duration) (bool, error) {
-	for deadline := time.Now().Add(patience); ; {
-		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(h.fd), Events: unix.POLLIN}}, max(0, int(time.Until(deadline).Milliseconds())))
-		if err != unix.EINTR {
-			return ready > 0, err
-		}
-	}
-}
-
-func (h processHandle) close() { unix.Close(h.fd) }
 
 // hideProcess keeps other processes of the same user out of this one's memory, environment and descriptors (PR_SET_DUMPABLE(2const)).
 func hideProcess() error {
