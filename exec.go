@@ -4,6 +4,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -29,6 +30,8 @@ const (
 	// just handed over. With two rounds always, 3 of 2,278 hostile runs left something; with five after a hit, none of 13,000.
 	quietRounds         = 2
 	quietRoundsAfterHit = 5
+
+	unborn, reaped = 0, -1 // in runner.live: the first process has no number yet, or none any more
 )
 
 // command is everything one run needs, taken from one snapshot.
@@ -100,12 +103,6 @@ type runner struct {
 	lists    []*os.File // of children: the main thread's and every spawner's
 }
 
-// What stands in runner.live for a process that has no number yet, or none any more.
-const (
-	unborn = 0
-	reaped = -1
-)
-
 // newRunner prepares this process for running commands: subreaper, no core dumps, the first tag.
 // id separates the runs of one configuration directory from those of another.
 func newRunner(id string) (*runner, error) {
@@ -131,18 +128,18 @@ func newRunner(id string) (*runner, error) {
 // endLeftovers kills what a crashed server of the same id left alive, and says how many processes that were.
 // Only a server calls it, and only when it holds the pid file's lock: another server's commands would look like leftovers.
 func (r *runner) endLeftovers() int {
-	ended := map[int]bool{}
+	most := 0
 	for begun := time.Now(); time.Since(begun) < sweepPatience; time.Sleep(sweepPauseMax) {
 		left := taggedProcesses(r.next)
 		if len(left) == 0 {
 			break
 		}
+		most = max(most, len(left))
 		for _, pid := range left {
-			ended[pid] = true
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
-	return len(ended)
+	return most
 }
 
 // acquire takes one of limit slots; false if all are taken or the runner shuts down. release is called when run has
@@ -198,11 +195,12 @@ func (r *runner) run(ctx context.Context, c command) (o outcome) {
 	defer stop(nil)
 	defer time.AfterFunc(c.timeout, func() { stop(endTimeout) }).Stop()
 	defer context.AfterFunc(r.stopping, func() { stop(endShutdown) })()
-	p, err := openPlumbing(c, r.null, stop)
+	p, err := openPlumbing(c, stop)
+	defer p.close()
 	if err != nil {
+		p.closeChildSide()
 		return outcome{end: endInternal, err: err}
 	}
-	defer p.close()
 	x := &run{runner: r, command: c, ctx: ctx, plumbing: p, started: make(chan struct{})}
 	defer x.finish()
 
@@ -248,9 +246,10 @@ func (x *run) fork(path string, launcher bool) {
 		// The kernel holds this thread until the exec is done. locate and the launcher keep what is known to hang away
 		// from here; whatever else does is killed unborn, and not tried again: nothing may ever run twice.
 		guard := time.AfterFunc(startPatience, func() { x.kill(x.tag) })
-		x.pid, report, x.err = startCommand(&x.command, path, launcher, x.childSide[:])
+		files := []*os.File{cmp.Or(x.childSide[0], x.null), x.childSide[1], x.childSide[2]}
+		x.pid, report, x.err = startCommand(&x.command, path, launcher, files)
 		if !guard.Stop() && x.err == nil {
-			x.err = errHungStart
+			x.err = &startError{126, fmt.Errorf("the system took longer than %v to start it: its file is held by a lease or lies on a file system that does not answer", startPatience)}
 		}
 	}
 	x.mu.Lock()
@@ -288,10 +287,8 @@ func (x *run) finish() {
 // settle waits until the launcher has become the command, and says why a start failed.
 func (x *run) settle(report *os.File) {
 	defer close(x.started)
-	if report != nil {
-		if failure := launcherError(report); x.err == nil {
-			x.err = failure
-		}
+	if failure := launcherError(report); x.err == nil {
+		x.err = failure
 	}
 	x.err = explainStart(x.err, x.what.argv[0], x.cwd)
 }
@@ -313,11 +310,12 @@ func (r *runner) spawner(noNewPrivs bool) chan<- func() {
 // spawn is the life of one spawner thread. Never the main thread: that one's list is of adopted orphans alone.
 func spawn(noNewPrivs bool, jobs <-chan func(), ready chan<- *os.File) {
 	runtime.LockOSThread()
-	if onMainThread() {
+	list, ok := prepareSpawner(noNewPrivs)
+	if !ok { // it keeps the main thread from the next one
 		go spawn(noNewPrivs, jobs, ready)
 		select {}
 	}
-	ready <- prepareSpawner(noNewPrivs)
+	ready <- list
 	for job := range jobs {
 		job()
 	}
@@ -347,15 +345,13 @@ func (x *run) attend() (why end, status syscall.WaitStatus) {
 		waitExit(x.pid)
 		close(exited)
 	}()
-	tick := time.NewTicker(orphanRound)
-	defer tick.Stop()
-	for why == "" {
+	for tick := time.Tick(orphanRound); why == ""; {
 		select {
 		case <-exited:
 			why = endExit
 		case <-x.ctx.Done():
 			why = ended(x.ctx)
-		case <-tick.C:
+		case <-tick:
 			x.kill(0)
 		}
 	}
@@ -451,8 +447,6 @@ func (r *runner) children() (pids []int) {
 	return slices.DeleteFunc(pids, func(pid int) bool { return r.strays[pid] })
 }
 
-var errHungStart = &startError{126, fmt.Errorf("the system took longer than %v to start it: its file is held by a lease or lies on a file system that does not answer", startPatience)}
-
 // explainStart turns what the kernel answered to execve(2) into what a shell would report.
 func explainStart(err error, name, cwd string) error {
 	errno, ok := errors.AsType[syscall.Errno](err)
@@ -482,13 +476,10 @@ func (r *runner) locate(c *command) (path string, direct bool, err error) {
 		if path = name; !filepath.IsAbs(name) {
 			path = c.cwd + "/" + name
 		}
-		if c.cred != nil { // what that user may see is the kernel's to say, once it is that user
-			return path, false, nil
-		}
-		if info, err := os.Stat(path); err == nil {
+		if info, err := os.Stat(path); err == nil && c.cred == nil { // what another user may see, the kernel knows when it is that user
 			path, direct = r.atOnce(path, info)
 		}
-		return path, direct, nil // the kernel says best what is wrong with it
+		return path, direct, nil // the kernel also says best what is wrong with it
 	}
 	failure := &startError{127, fmt.Errorf("%q was not found", name)}
 	for _, dir := range c.pathDirs {

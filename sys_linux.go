@@ -4,10 +4,11 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/fnv"
+	"hash/crc32"
 	"io"
 	"math"
 	"os"
@@ -25,8 +26,6 @@ import (
 // From the top: 8 bits of magic, 20 bits of the configuration directory's hash, 36 bits that count runs downwards.
 type runTag uint64
 
-const spawnerSlice = 100_000 // nanoseconds; the least that the scheduler takes
-
 const (
 	tagMagic   runTag = 0x5A << 56
 	tagDirBits        = 20
@@ -34,8 +33,6 @@ const (
 	tagOwner   runTag = (1<<28 - 1) << tagRunBits // magic and directory
 	untagged   runTag = unix.RLIM_INFINITY
 )
-
-func (t runTag) tagged() bool { return t>>56 == tagMagic>>56 }
 
 // beneathServer says whether this process was started by a command of an aexec server, which could have lowered its tag.
 func beneathServer() bool {
@@ -46,39 +43,29 @@ func beneathServer() bool {
 // prepareProcess makes this process the parent of all orphans below it (prctl(2), PR_SET_CHILD_SUBREAPER), forbids core
 // dumps to it and its children, and gives the first tag of the directory.
 func prepareProcess(id string) (runTag, error) {
-	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		return 0, fmt.Errorf("become the parent of orphaned processes: %w", err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return 0, fmt.Errorf("forbid core dumps: %w", err)
-	}
 	inherited, err := os.ReadDir("/proc/self/fd")
+	err = errors.Join(err, unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}))
+	if err != nil {
+		return 0, fmt.Errorf("prepare this process for running commands: %w", err)
+	}
 	for _, f := range inherited { // what the starter of the server left open is not for commands
 		if fd, _ := strconv.Atoi(f.Name()); fd > 2 {
 			unix.CloseOnExec(fd)
 		}
 	}
-	if err != nil {
-		return 0, fmt.Errorf("close inherited descriptors: %w", err)
-	}
-	if own, _ := tagOf(0); own.tagged() { // an earlier runner of this process
+	own, _ := tagOf(0)
+	if own>>56 == tagMagic>>56 { // an earlier runner of this process
 		return own - 1, nil
 	} else if own != untagged {
 		return 0, errors.New("the limit RLIMIT_RSS is already lowered, and aexec marks its commands with it: start it with ulimit -H -m unlimited (systemd: LimitRSS=infinity)")
 	}
-	h := fnv.New32a()
-	h.Write([]byte(id))
-	dir := runTag(h.Sum32()) & (1<<tagDirBits - 1)
+	dir := runTag(crc32.ChecksumIEEE([]byte(id))) & (1<<tagDirBits - 1)
 	return tagMagic | dir<<tagRunBits | (1<<tagRunBits - 1), nil
 }
 
 // setTag marks what this process starts from now on.
 func setTag(t runTag) error {
-	limit := unix.Rlimit{Cur: uint64(t), Max: uint64(t)}
-	if err := unix.Prlimit(0, unix.RLIMIT_RSS, &limit, nil); err != nil {
-		return fmt.Errorf("mark the command: %w", err)
-	}
-	return nil
+	return unix.Prlimit(0, unix.RLIMIT_RSS, &unix.Rlimit{Cur: uint64(t), Max: uint64(t)}, nil)
 }
 
 // tagOf reads a process's tag (0: this one's); false if there is no such process. Where prlimit(2) is not permitted, as the
@@ -108,42 +95,31 @@ func taggedProcesses(like runTag) (pids []int) {
 }
 
 func allProcesses() []int {
-	proc, err := os.Open("/proc")
-	if err != nil {
-		return nil
-	}
-	defer proc.Close()
-	names, _ := proc.Readdirnames(-1)
-	return numbers(names)
+	paths, _ := filepath.Glob("/proc/[0-9]*")
+	return numbers(paths)
 }
 
-// numbers are those of the words that are one.
-func numbers(words []string) (list []int) {
-	for _, word := range words {
-		if n, err := strconv.Atoi(word); err == nil {
+// numbers are those of the paths whose last element is one, and these.
+func numbers(paths []string) (list []int) {
+	for _, path := range paths {
+		if n, err := strconv.Atoi(filepath.Base(path)); err == nil {
 			list = append(list, n)
 		}
 	}
 	return list
 }
 
-// procStat gives the state, the parent and the number of threads of a process, from /proc/PID/stat (proc_pid_stat(5)): its
-// name may hold anything but ends at the last ')'.
-func procStat(pid int) (state byte, parent, threads int) {
+// procStat is what /proc/PID/stat says after a process's name, which may hold anything but ends at the last ')' (proc_pid_stat(5)):
+// its state, its parent, and at 17 the number of its threads. A process that is gone has none of it.
+func procStat(pid int) []string {
 	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	if len(f) < 18 {
-		return 0, 0, 0
-	}
-	parent, _ = strconv.Atoi(f[1])
-	threads, _ = strconv.Atoi(f[17])
-	return f[0][0], parent, threads
+	return strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 }
 
 // isDead says whether nothing of a process runs: a zombie whose main thread alone has ended is alive.
 func isDead(pid int) bool {
-	state, _, threads := procStat(pid)
-	return state == 0 || (state == 'Z' || state == 'X') && threads <= 1
+	f := procStat(pid)
+	return len(f) < 18 || (f[0] == "Z" || f[0] == "X") && (f[17] == "0" || f[17] == "1")
 }
 
 // childList opens the list of one thread's children; nil: the kernel has no lists (CONFIG_PROC_CHILDREN). A child that was
@@ -157,18 +133,20 @@ func childList(tid int) *os.File {
 func childrenIn(list *os.File) []int {
 	if list == nil {
 		return slices.DeleteFunc(allProcesses(), func(pid int) bool {
-			_, parent, _ := procStat(pid)
-			return parent != os.Getpid()
+			f := procStat(pid)
+			return len(f) < 2 || f[1] != strconv.Itoa(os.Getpid())
 		})
 	}
 	text, _ := io.ReadAll(io.NewSectionReader(list, 0, math.MaxInt64))
 	return numbers(strings.Fields(string(text)))
 }
 
-func onMainThread() bool { return unix.Gettid() == os.Getpid() }
-
-// prepareSpawner readies the calling thread, which must be locked, for starting commands. no_new_privs cannot be unset.
-func prepareSpawner(noNewPrivs bool) *os.File {
+// prepareSpawner readies the calling thread, which must be locked, for starting commands, and gives the list of its children;
+// false: it is the main thread. no_new_privs cannot be unset.
+func prepareSpawner(noNewPrivs bool) (*os.File, bool) {
+	if unix.Gettid() == os.Getpid() {
+		return nil, false
+	}
 	unix.KeyctlJoinSessionKeyring("") // keys of the server's session are not for commands; old kernels have none
 	if noNewPrivs {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
@@ -176,12 +154,12 @@ func prepareSpawner(noNewPrivs bool) *os.File {
 		}
 	}
 	// The next start waits until this thread is back from the exec: a short slice has it run soon after it wakes (sched_setattr(2),
-	// Linux 6.12). Commands do not inherit it; nor would they a negative niceness, so that is left alone.
+	// Linux 6.12; the least is 100,000 ns). Commands do not inherit it; nor would they a negative niceness, so that is left alone.
 	if a, err := unix.SchedGetAttr(0, 0); err == nil && a.Policy == unix.SCHED_NORMAL && a.Nice >= 0 {
-		a.Runtime, a.Flags = spawnerSlice, a.Flags|unix.SCHED_FLAG_RESET_ON_FORK
+		a.Runtime, a.Flags = 100_000, a.Flags|unix.SCHED_FLAG_RESET_ON_FORK
 		unix.SchedSetAttr(0, a, 0) // where that is not known, starts are a little later
 	}
-	return childList(unix.Gettid())
+	return childList(unix.Gettid()), true
 }
 
 // startCommand makes the child (a session of its own, that dies with this thread) and returns when the kernel has done the
@@ -195,14 +173,16 @@ func startCommand(c *command, path string, launcher bool, files []*os.File) (pid
 		}
 		defer theirs.Close()
 		l := c.limits
-		limits := fmt.Sprint(l.CPUSeconds, l.MemoryBytes, l.FileBytes, l.OpenFiles, l.Processes)
-		path, argv, files = ownBinary(), append([]string{launcherName, limits, path}, argv...), slices.Concat(files, []*os.File{theirs})
+		limits := strings.Fields(fmt.Sprint(l.CPUSeconds, l.FileBytes, l.OpenFiles, l.Processes, l.MemoryBytes)) // as limited has them
+		argv = slices.Concat([]string{launcherName}, limits, []string{path}, argv)
+		path, files = ownBinary(), slices.Concat(files, []*os.File{theirs})
 	}
 	pid, err = forkExec(c, path, argv, files, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
 	return pid, report, err
 }
 
-// launcherError waits until the launcher has become the command (nil), or gives the error that kept it from that.
+// launcherError waits until the launcher has become the command (nil), or gives the error that kept it from that. Without a
+// report there is none.
 func launcherError(report *os.File) error {
 	defer report.Close()
 	var errno [4]byte
@@ -221,45 +201,41 @@ const (
 // anything else in main. If it returns true, that failed: the errno that a shell would report is on the descriptor, and
 // the process is to end.
 func launched() bool {
-	if len(os.Args) < 4 || os.Args[0] != launcherName {
+	rest := 1 + len(limited) // of os.Args: the path, and the command's own
+	if len(os.Args) < rest+2 || os.Args[0] != launcherName {
 		return false
 	}
 	unix.CloseOnExec(launcherReport)
-	var l rlimits
-	_, err := fmt.Sscan(os.Args[1], &l.CPUSeconds, &l.MemoryBytes, &l.FileBytes, &l.OpenFiles, &l.Processes)
+	env := os.Environ() // before memory may be short
+	err := limit(os.Args[1:rest])
 	if err == nil {
-		env := os.Environ()
-		if err = l.apply(); err == nil {
-			err = syscall.Exec(os.Args[2], os.Args[3:], env)
-		}
+		err = syscall.Exec(os.Args[rest], os.Args[rest+1:], env)
 	}
-	errno, ok := errors.AsType[syscall.Errno](err)
-	if !ok {
-		errno = syscall.EINVAL
-	}
+	errno, _ := errors.AsType[syscall.Errno](err) // 0 is a failure, too: only silence is none
 	syscall.Write(launcherReport, binary.NativeEndian.AppendUint32(nil, uint32(errno)))
 	return true
 }
 
-// apply sets the limits on this process, never above the hard ones that it has (setrlimit(2)); the address space last, as
-// this process lives in it too.
-func (l rlimits) apply() error {
-	for _, k := range []struct {
-		resource int
-		value    uint64
-	}{{unix.RLIMIT_CPU, l.CPUSeconds}, {unix.RLIMIT_FSIZE, l.FileBytes}, {unix.RLIMIT_NOFILE, l.OpenFiles}, {unix.RLIMIT_NPROC, l.Processes}, {unix.RLIMIT_AS, l.MemoryBytes}} {
-		if k.value == 0 {
+// limited is what exec.limits limits, in the launcher's order: the address space last, as the launcher lives in it, too.
+var limited = []int{unix.RLIMIT_CPU, unix.RLIMIT_FSIZE, unix.RLIMIT_NOFILE, unix.RLIMIT_NPROC, unix.RLIMIT_AS}
+
+// limit sets the limits of this process to these numbers (setrlimit(2)), never above the hard ones that it has; 0: left alone.
+func limit(values []string) error {
+	for i, resource := range limited {
+		value, err := strconv.ParseUint(values[i], 10, 64)
+		if err != nil {
+			return err
+		} else if value == 0 {
 			continue
 		}
 		var had syscall.Rlimit
-		if err := syscall.Getrlimit(k.resource, &had); err != nil {
-			return err
-		}
-		limit := syscall.Rlimit{Cur: min(k.value, had.Max), Max: min(k.value, had.Max)}
-		if k.resource == unix.RLIMIT_CPU && limit.Max < had.Max {
+		syscall.Getrlimit(resource, &had) // if it failed, the limit would be 0
+		value = min(value, had.Max)
+		limit := syscall.Rlimit{Cur: value, Max: value}
+		if resource == unix.RLIMIT_CPU && value < had.Max {
 			limit.Max++ // at the hard limit comes SIGKILL: leave a second for SIGXCPU, which names the reason
 		}
-		if err := syscall.Setrlimit(k.resource, &limit); err != nil {
+		if err := syscall.Setrlimit(resource, &limit); err != nil {
 			return err
 		}
 	}
@@ -297,18 +273,16 @@ func startsAtOnce(path string) (string, bool) {
 
 // outputPipe is os.Pipe, but that the writing end is a command's: blocking, and unknown to the runtime's poller, which costs six
 // system calls less.
-func outputPipe() (read, write *os.File, err error) {
+func outputPipe(large bool) (read, write *os.File, err error) {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
 		return nil, nil, os.NewSyscallError("pipe2", err)
 	}
 	unix.FcntlInt(uintptr(fds[1]), unix.F_SETFL, 0) // cannot fail: it is open
+	if large {
+		unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, streamBytes) // best effort: the user's quota may be used up (pipe(7))
+	}
 	return os.NewFile(uintptr(fds[0]), "|0"), os.NewFile(uintptr(fds[1]), "|1"), nil
-}
-
-// enlargePipe is best effort: the user's quota of pipe memory may be used up (pipe(7)).
-func enlargePipe(f *os.File, size int) {
-	onDescriptor(f, func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, size) })
 }
 
 // pendingBytes says how much waits in a pipe (FIONREAD, alias TIOCINQ).
@@ -342,9 +316,4 @@ func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 }
 
 // hideProcess keeps other processes of the same user out of this one's memory, environment and descriptors (PR_SET_DUMPABLE(2const)).
-func hideProcess() error {
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("hide from other processes: %w", err)
-	}
-	return nil
-}
+func hideProcess() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }

@@ -16,26 +16,23 @@ import (
 
 type runTag uint64
 
-func (t runTag) tagged() bool { return false }
 func prepareProcess(string) (runTag, error) {
 	return 1, unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 }
-func beneathServer() bool                     { return false }
-func setTag(runTag) error                     { return nil }
-func tagOf(int) (runTag, bool)                { return 0, false }
-func taggedProcesses(runTag) []int            { return nil }
-func childList(int) *os.File                  { return nil }
-func childrenIn(*os.File) []int               { return nil }
-func onMainThread() bool                      { return false }
-func prepareSpawner(bool) *os.File            { return nil }
-func launched() bool                          { return false }
-func launcherError(*os.File) error            { return nil }
-func ownBinary() string                       { path, _ := os.Executable(); return path }
-func startsAtOnce(path string) (string, bool) { return path, true }
-func isDead(int) bool                         { return false }
-func outputPipe() (r, w *os.File, err error)  { return os.Pipe() }
-func enlargePipe(*os.File, int)               {}
-func pendingBytes(*os.File) int               { return 0 } // every piece of a stream is flushed
+func beneathServer() bool                        { return false }
+func setTag(runTag) error                        { return nil }
+func tagOf(int) (runTag, bool)                   { return 0, false }
+func taggedProcesses(runTag) []int               { return nil }
+func childList(int) *os.File                     { return nil }
+func childrenIn(*os.File) []int                  { return nil }
+func prepareSpawner(bool) (*os.File, bool)       { return nil, true }
+func launched() bool                             { return false }
+func launcherError(*os.File) error               { return nil }
+func ownBinary() string                          { path, _ := os.Executable(); return path }
+func startsAtOnce(path string) (string, bool)    { return path, true }
+func isDead(int) bool                            { return false }
+func outputPipe(bool) (r, w *os.File, err error) { return os.Pipe() }
+func pendingBytes(*os.File) int                  { return 0 } // every piece of a stream is flushed
 
 func startCommand(c *command, path string, _ bool, files []*os.File) (pid int, report *os.File, err error) {
 	if c.limits != (rlimits{}) {
