@@ -23,6 +23,7 @@ const (
 	readyWait   = 30 * time.Second // from start to the first answer, which takes milliseconds
 	stopWait    = 30 * time.Second // beyond killGraceMs of the commands that run
 	killWait    = 5 * time.Second  // after SIGKILL only the kernel can delay a process
+	endPause    = 5 * time.Millisecond
 	handoverVar = "AGENT_EXEC_HANDOVER"
 )
 
@@ -122,7 +123,7 @@ func shedKey(key *apiKey) error {
 	w.Close()
 	self, _ := os.Executable() // "" cannot be started
 	env := append(environWithoutKey(), fmt.Sprintf("%s=%d", handoverVar, r.Fd()))
-	return fmt.Errorf("start again without API_KEY in the environment: %w", execKeeping(self, os.Args, env, []*os.File{r}))
+	return fmt.Errorf("start again without API_KEY in the environment: %w", execKeeping(self, os.Args, env, r))
 }
 
 // handedKey takes what shedKey left, and removes the variable; "" if it left nothing.
@@ -140,21 +141,18 @@ func handedKey() string {
 // endProcess signals a process and waits until it is dead (a zombie is). Whether the number still means the right one counts
 // only when asked with a handle that cannot come to mean another; if it does not, the right one is gone.
 func endProcess(pid int, s syscall.Signal, wait time.Duration, isRight func() bool) error {
-	h, err := openProcess(pid)
-	if err == nil {
-		defer h.close()
-		if !isRight() {
-			return nil
-		}
-		err = h.signal(s)
-	}
-	if err == syscall.ESRCH {
+	p, _ := os.FindProcess(pid) // where the system has them, a pidfd; it never fails
+	defer p.Release()
+	if !isRight() {
 		return nil
-	} else if err != nil {
-		return fmt.Errorf("end process %d: %w", pid, err)
 	}
-	if dead, err := h.wait(wait); err != nil || dead {
-		return err
+	for deadline, err := time.Now().Add(wait), p.Signal(s); time.Now().Before(deadline); err = p.Signal(syscall.Signal(0)) {
+		if errors.Is(err, os.ErrProcessDone) || err == nil && isDead(pid) {
+			return nil
+		} else if err != nil {
+			return fmt.Errorf("end process %d: %w", pid, err)
+		}
+		time.Sleep(endPause)
 	}
 	return fmt.Errorf("process %d has not ended within %s", pid, wait)
 }

@@ -4,15 +4,16 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -29,6 +30,8 @@ const (
 	// just handed over. With two rounds always, 3 of 2,278 hostile runs left something; with five after a hit, none of 13,000.
 	quietRounds         = 2
 	quietRoundsAfterHit = 5
+
+	unborn, reaped = 0, -1 // in runner.live: the first process has no number yet, or none any more
 )
 
 // command is everything one run needs, taken from one snapshot.
@@ -47,14 +50,16 @@ type command struct {
 	sink       sink   // nil: captured in the outcome
 }
 
-// end is why a run ended.
+// end is why a run ended. It is an error as the cause with which a run's context is cancelled.
 type end string
+
+func (e end) Error() string { return string(e) }
 
 const (
 	endExit     end = "exit"          // by itself: exit code or signal
 	endTimeout  end = "timeout"       // command.timeout
 	endOutput   end = "output_limit"  // command.maxBytes
-	endClient   end = "client_gone"   // the context was cancelled, or the sink failed
+	endClient   end = "client_gone"   // the request's context was cancelled, or the sink failed
 	endShutdown end = "shutting_down" // runner.shutdown
 	endStart    end = "start_failed"  // never ran: outcome.err, exit code 126 or 127 as a shell reports it
 	endInternal end = "internal"      // aexec's own failure: outcome.err
@@ -76,27 +81,26 @@ type outcome struct {
 // startError is why a command did not start, with the exit code that a shell would report.
 type startError struct {
 	code int // 126: found but not executable, 127: not found
-	msg  string
+	error
 }
-
-func (e *startError) Error() string { return e.msg }
 
 // runner starts and ends commands; one for the whole process (a second one would take the first one's commands for strays).
 type runner struct {
-	null     *os.File // /dev/null, shared by all commands as standard input
-	stopping chan struct{}
-	starting sync.Mutex // held from setting the tag to the birth of the child that inherits it
-	burying  sync.Mutex // held from listing children to signalling and reaping them: what is reaped in between may become another's number
+	null     *os.File        // /dev/null, shared by all commands as standard input
+	stopping context.Context // cancelled by shutdown
+	shutdown func()          // ends every running command with endShutdown and lets no further one start; it does not wait
+	starting sync.Mutex      // held from setting the tag to the birth of the child that inherits it
 
+	// mu guards what follows. It is held from listing children to signalling and reaping them, too: what is reaped in
+	// between may become another's number.
 	mu       sync.Mutex
 	slots    int
-	next     runTag          // of the next run; goes down, as a tag can only be lowered
-	live     map[runTag]bool // runs that have begun and are not swept yet; true: their first process is among the leaders
-	leaders  map[int]bool    // first processes: reaped by their own run only
-	strays   map[int]bool    // children that were there before the runner, not ours to end
-	spawners [2]chan func()  // locked threads: 0 without, 1 with no_new_privs
+	next     runTag               // of the next run; goes down, as a tag can only be lowered
+	live     map[runTag]int       // runs that have begun and are not swept yet: their first process, unborn or reaped
+	strays   map[int]bool         // children that were there before the runner, not ours to end
+	spawners map[bool]chan func() // locked threads, without and with no_new_privs
 	direct   map[string]direct
-	lists    []*childList // of the main thread and of every spawner's
+	lists    []*os.File // of children: the main thread's and every spawner's
 }
 
 // newRunner prepares this process for running commands: subreaper, no core dumps, the first tag.
@@ -112,10 +116,10 @@ func newRunner(id string) (*runner, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &runner{null: null, stopping: make(chan struct{}), next: first,
-		live: map[runTag]bool{}, leaders: map[int]bool{}, strays: map[int]bool{}, direct: map[string]direct{}}
-	r.lists = []*childList{openChildList(os.Getpid())}
-	for _, pid := range r.lists[0].pids() {
+	r := &runner{null: null, next: first, live: map[runTag]int{}, strays: map[int]bool{}, spawners: map[bool]chan func(){}, direct: map[string]direct{}}
+	r.stopping, r.shutdown = context.WithCancel(context.Background())
+	r.lists = []*os.File{childList(os.Getpid())}
+	for _, pid := range r.children() {
 		r.strays[pid] = true
 	}
 	return r, nil
@@ -124,18 +128,18 @@ func newRunner(id string) (*runner, error) {
 // endLeftovers kills what a crashed server of the same id left alive, and says how many processes that were.
 // Only a server calls it, and only when it holds the pid file's lock: another server's commands would look like leftovers.
 func (r *runner) endLeftovers() int {
-	ended := map[int]bool{}
+	most := 0
 	for begun := time.Now(); time.Since(begun) < sweepPatience; time.Sleep(sweepPauseMax) {
 		left := taggedProcesses(r.next)
 		if len(left) == 0 {
 			break
 		}
+		most = max(most, len(left))
 		for _, pid := range left {
-			ended[pid] = true
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
 	}
-	return len(ended)
+	return most
 }
 
 // acquire takes one of limit slots; false if all are taken or the runner shuts down. release is called when run has
@@ -154,23 +158,27 @@ func (r *runner) acquire(limit int) (release func(), ok bool) {
 	}), true
 }
 
-// shutdown ends every running command with endShutdown and lets no further one start. It does not wait.
-func (r *runner) shutdown() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !r.shuttingDown() {
-		close(r.stopping)
-	}
+// shuttingDown says whether shutdown was called.
+func (r *runner) shuttingDown() bool { return r.stopping.Err() != nil }
+
+// run is one command on its way.
+type run struct {
+	*runner
+	command
+	*plumbing
+	ctx     context.Context // done when the run is to end; ended says why
+	tag     runTag          // 0 before the fork
+	started chan struct{}   // closed when pid and err are set
+	pid     int             // 0: nothing was started
+	err     error           // why the command did not start, though its process may have
 }
 
-// shuttingDown says whether shutdown was called.
-func (r *runner) shuttingDown() bool {
-	select {
-	case <-r.stopping:
-		return true
-	default:
-		return false
+// ended is why a run's context was cancelled: by us with the reason, else with the request's, as its client has gone.
+func ended(ctx context.Context) end {
+	if why, ok := context.Cause(ctx).(end); ok {
+		return why
 	}
+	return endClient
 }
 
 // run runs the command to its end. ctx is the request's: its cancellation means that the client is gone.
@@ -183,66 +191,90 @@ func (r *runner) run(ctx context.Context, c command) (o outcome) {
 	if len(c.what.argv) == 0 {
 		return outcome{end: endInternal, err: errors.New("the command was not approved")}
 	}
-	deadline := time.NewTimer(c.timeout)
-	defer deadline.Stop()
-	p, err := openPlumbing(c, r.null)
+	ctx, stop := context.WithCancelCause(ctx)
+	defer stop(nil)
+	defer time.AfterFunc(c.timeout, func() { stop(endTimeout) }).Stop()
+	defer context.AfterFunc(r.stopping, func() { stop(endShutdown) })()
+	p, err := openPlumbing(c, stop)
+	defer p.close()
 	if err != nil {
+		p.closeChildSide()
 		return outcome{end: endInternal, err: err}
 	}
-	defer p.close()
-	x := &run{runner: r, command: c, ctx: ctx, deadline: deadline.C, plumbing: p, started: make(chan struct{})}
+	x := &run{runner: r, command: c, ctx: ctx, plumbing: p, started: make(chan struct{})}
 	defer x.finish()
 
 	go x.start()
-	why := x.until(x.started)
-	if why != endExit && !x.abortStart() {
-		return outcome{end: why}
+	if !x.born() {
+		return outcome{end: ended(ctx)}
 	}
 	p.closeChildSide()
-	if x.err != nil {
-		return startFailure(x.err)
+	if x.pid > 0 {
+		p.pump()
+		why, status := x.attend()
+		p.drain()
+		o = p.outcome(why, status)
 	}
-	p.pump()
-	why, status := x.attend(why)
-	p.drain()
-	return p.outcome(why, status)
-}
-
-func startFailure(err error) outcome {
-	if s, ok := errors.AsType[*startError](err); ok {
-		return outcome{end: endStart, exited: true, exitCode: s.code, err: err}
+	if failure, ok := errors.AsType[*startError](x.err); ok {
+		return outcome{end: endStart, exited: true, exitCode: failure.code, err: x.err}
+	} else if x.err != nil {
+		return outcome{end: endInternal, err: x.err}
 	}
-	return outcome{end: endInternal, err: err}
+	return o
 }
 
-// run is one command on its way.
-type run struct {
-	*runner
-	command
-	*plumbing
-	ctx      context.Context
-	deadline <-chan time.Time
-	tag      runTag // 0 before the fork
-
-	phase   atomic.Int32  // startWaiting, startForking (tag is set) or startAborted
-	started chan struct{} // closed when pid and err are set
-	pid     int
-	err     error
+// start finds the file and has the spawner thread start it. It has a goroutine of its own, as looking at a file may hang.
+func (x *run) start() {
+	path, direct, err := x.locate(&x.command)
+	if err != nil {
+		x.err = err
+		close(x.started)
+		return
+	}
+	x.spawner(x.noNewPrivs) <- func() { x.fork(path, !direct || x.limits != (rlimits{})) }
 }
 
-const (
-	startWaiting = iota
-	startForking
-	startAborted
-)
+// fork makes the child, on the spawner thread, with the run's tag on it from birth; launcher: by way of that.
+func (x *run) fork(path string, launcher bool) {
+	x.starting.Lock()
+	defer x.starting.Unlock()
+	if !x.begin() {
+		return // and nobody waits for it
+	}
+	var report *os.File
+	if x.err = setTag(x.tag); x.err == nil {
+		// The kernel holds this thread until the exec is done. locate and the launcher keep what is known to hang away
+		// from here; whatever else does is killed unborn, and not tried again: nothing may ever run twice.
+		guard := time.AfterFunc(startPatience, func() { x.kill(x.tag) })
+		files := []*os.File{cmp.Or(x.childSide[0], x.null), x.childSide[1], x.childSide[2]}
+		x.pid, report, x.err = startCommand(&x.command, path, launcher, files)
+		if !guard.Stop() && x.err == nil {
+			x.err = &startError{126, fmt.Errorf("the system took longer than %v to start it: its file is held by a lease or lies on a file system that does not answer", startPatience)}
+		}
+	}
+	x.mu.Lock()
+	if _, ok := x.live[x.tag]; ok && x.pid > 0 {
+		x.live[x.tag] = x.pid
+	}
+	x.mu.Unlock()
+	if x.err == nil && report == nil {
+		close(x.started)
+	} else {
+		go x.settle(report) // which may take longer than this thread has
+	}
+}
 
-// begin numbers the run. Numbers are given in the order of the forks, as a tag can only go down.
-func (x *run) begin() {
+// begin numbers the run, in the order of the forks, as a tag can only go down. false: the run was given up before.
+func (x *run) begin() bool {
 	x.mu.Lock()
 	defer x.mu.Unlock()
+	if x.ctx.Err() != nil {
+		return false
+	}
 	x.tag = x.next
 	x.next--
-	x.live[x.tag] = false
+	x.live[x.tag] = unborn
+	return true
 }
 
 // finish ends the number's life: what still bears it is hostile from now on.
@@ -252,86 +284,13 @@ func (x *run) finish() {
 	delete(x.live, x.tag)
 }
 
-// until waits for ready (endExit), or for the first reason to end the command.
-func (x *run) until(ready <-chan struct{}) end {
-	tick := time.NewTicker(orphanRound)
-	defer tick.Stop()
-	for {
-		select {
-		case <-ready:
-			return endExit
-		case <-x.ctx.Done():
-			return endClient
-		case <-x.deadline:
-			return endTimeout
-		case why := <-x.broken:
-			return why
-		case <-x.stopping:
-			return endShutdown
-		case <-tick.C:
-			x.reapOrphans()
-		}
-	}
-}
-
-// start finds the file and has the spawner thread start it. It has a goroutine of its own, as looking at a file may hang.
-func (x *run) start() {
-	path, direct, err := x.locate(x.what.argv[0], x.cwd, x.pathDirs, x.cred)
-	if err != nil {
-		x.err = err
-		close(x.started)
-		return
-	}
-	spec := startSpec{path: path, argv: x.what.argv, env: x.env, dir: x.cwd, files: x.childSide[:], cred: x.cred}
-	if !direct || x.limits != (rlimits{}) {
-		spec.launch(x.limits)
-	}
-	x.spawner(x.noNewPrivs) <- func() {
-		if x.pid, x.err = x.fork(&spec); x.err != nil || spec.status != nil {
-			go x.settle(&spec) // which may take longer than this thread has
-			return
-		}
-		close(x.started)
-	}
-}
-
 // settle waits until the launcher has become the command, and says why a start failed.
-func (x *run) settle(spec *startSpec) {
+func (x *run) settle(report *os.File) {
 	defer close(x.started)
-	if x.err == nil {
-		if x.err = spec.confirm(); x.err != nil {
-			x.bury(x.pid) // the launcher itself, on its way out
-		}
+	if failure := launcherError(report); x.err == nil {
+		x.err = failure
 	}
 	x.err = explainStart(x.err, x.what.argv[0], x.cwd)
-}
-
-// fork makes the child, on the spawner thread, with the run's tag on it from birth.
-func (x *run) fork(spec *startSpec) (pid int, err error) {
-	x.starting.Lock()
-	defer x.starting.Unlock()
-	x.begin()
-	if err = setTag(x.tag); err != nil {
-		return 0, err
-	}
-	if !x.phase.CompareAndSwap(startWaiting, startForking) {
-		x.finish()
-		return 0, errAborted
-	}
-	// The kernel holds this thread until the exec is done. locate and the launcher keep what is known to hang away
-	// from here; whatever else does is killed unborn, and not tried again: nothing may ever run twice.
-	guard := time.AfterFunc(startPatience, func() { x.kill(x.tag) })
-	pid, err = spec.start()
-	if !guard.Stop() && err == nil {
-		err = errHungStart
-		go x.bury(pid)
-	}
-	if err == nil {
-		x.mu.Lock()
-		x.leaders[pid], x.live[x.tag] = true, true
-		x.mu.Unlock()
-	}
-	return pid, err
 }
 
 // spawner gives the thread that starts commands, and makes it at first use. It is locked to its goroutine and never ends,
@@ -339,68 +298,62 @@ func (x *run) fork(spec *startSpec) (pid int, err error) {
 func (r *runner) spawner(noNewPrivs bool) chan<- func() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	kind := 0
-	if noNewPrivs {
-		kind = 1
+	if r.spawners[noNewPrivs] == nil {
+		r.spawners[noNewPrivs] = make(chan func())
+		ready := make(chan *os.File)
+		go spawn(noNewPrivs, r.spawners[noNewPrivs], ready)
+		r.lists = append(r.lists, <-ready)
 	}
-	if r.spawners[kind] == nil {
-		r.spawners[kind] = make(chan func())
-		ready := make(chan *childList)
-		go spawn(noNewPrivs, r.spawners[kind], ready)
-		if list := <-ready; list != nil {
-			r.lists = append(r.lists, list)
-		}
-	}
-	return r.spawners[kind]
+	return r.spawners[noNewPrivs]
 }
 
 // spawn is the life of one spawner thread. Never the main thread: that one's list is of adopted orphans alone.
-func spawn(noNewPrivs bool, jobs <-chan func(), ready chan<- *childList) {
+func spawn(noNewPrivs bool, jobs <-chan func(), ready chan<- *os.File) {
 	runtime.LockOSThread()
-	if onMainThread() {
+	list, ok := prepareSpawner(noNewPrivs)
+	if !ok { // it keeps the main thread from the next one
 		go spawn(noNewPrivs, jobs, ready)
 		select {}
 	}
-	ready <- prepareSpawner(noNewPrivs)
+	ready <- list
 	for job := range jobs {
 		job()
 	}
 }
 
-// abortStart gives up a start for another reason than its own failure. false: nothing was started, nor will be;
-// true: pid and err are set, as after any start.
-func (x *run) abortStart() bool {
-	if x.phase.CompareAndSwap(startWaiting, startAborted) {
-		x.closeChildSide()
-		return false
+// born waits until started, or until the run is to end. false: nothing was started, nor will be; or it hangs in the kernel
+// beyond any signal, and the rounds of other runs end it when it comes back.
+func (x *run) born() bool {
+	select {
+	case <-x.started:
+		return true
+	case <-x.ctx.Done():
 	}
-	for begun := time.Now(); time.Since(begun) < sweepPatience; {
-		select {
-		case <-x.started:
-			return true
-		case <-time.After(sweepPauseMax):
-			x.kill(x.tag) // it may hang in the exec, unborn
-		}
-	}
-	go func() { // it cannot be killed now: end it when the kernel lets go
-		<-x.started
+	x.mu.Lock()
+	begun := x.tag != 0
+	x.mu.Unlock()
+	if !begun {
 		x.closeChildSide()
-		if x.err == nil {
-			x.bury(x.pid)
-		}
-	}()
-	return false
+	}
+	return begun && x.killUntil(x.started) // else what the start still uses is the garbage collector's to close
 }
 
-// attend sees a started command through to where nothing of it is alive. why is endExit, or the reason to end it at once.
-func (x *run) attend(why end) (end, syscall.WaitStatus) {
+// attend sees a started command through to where nothing of it is alive, and says why that was, and how its leader ended.
+func (x *run) attend() (why end, status syscall.WaitStatus) {
 	exited := make(chan struct{})
 	go func() {
 		waitExit(x.pid)
 		close(exited)
 	}()
-	if why == endExit {
-		why = x.until(exited)
+	for tick := time.Tick(orphanRound); why == ""; {
+		select {
+		case <-exited:
+			why = endExit
+		case <-x.ctx.Done():
+			why = ended(x.ctx)
+		case <-tick:
+			x.kill(0)
+		}
 	}
 	if why != endExit {
 		syscall.Kill(-x.pid, syscall.SIGTERM)
@@ -411,49 +364,36 @@ func (x *run) attend(why end) (end, syscall.WaitStatus) {
 		}
 	}
 	// While the leader is unreaped, its number and so its group's cannot belong to anybody else.
-	for begun := time.Now(); ; {
-		syscall.Kill(-x.pid, syscall.SIGKILL)
+	syscall.Kill(-x.pid, syscall.SIGKILL)
+	if !x.killUntil(exited) { // an escaped tracer can hold the leader
+		return why, syscall.WaitStatus(syscall.SIGKILL) // it hangs in the kernel: later rounds reap it
+	}
+	status = x.reap()
+	x.sweep(x.tag)
+	return why, status
+}
+
+// killUntil ends what bears the run's tag until that is done; false if it takes longer than sweepPatience.
+func (x *run) killUntil(done <-chan struct{}) bool {
+	for begun := time.Now(); time.Since(begun) < sweepPatience; {
 		select {
-		case <-exited:
-			status := x.reap(x.pid)
-			x.sweep(x.tag)
-			return why, status
+		case <-done:
+			return true
 		case <-time.After(sweepPauseMax):
-		}
-		x.kill(x.tag) // an escaped tracer can hold the leader
-		if time.Since(begun) > sweepPatience {
-			go x.bury(x.pid) // it hangs in the kernel, beyond any signal: reap it when it comes back
-			return why, syscall.WaitStatus(syscall.SIGKILL)
+			x.kill(x.tag)
 		}
 	}
+	return false
 }
 
-// bury kills a process group and reaps its leader, however long that takes.
-func (r *runner) bury(pid int) {
-	syscall.Kill(-pid, syscall.SIGKILL)
-	syscall.Kill(pid, syscall.SIGKILL) // before setsid it leads no group
-	waitExit(pid)
-	r.reap(pid)
-}
-
-// reap takes a leader's exit status, after which its number may be another's.
-func (r *runner) reap(pid int) syscall.WaitStatus {
-	r.burying.Lock()
-	defer r.burying.Unlock()
-	status := syscall.WaitStatus(syscall.SIGKILL) // if somebody was there before us
-	for {
-		var its syscall.WaitStatus
-		_, err := syscall.Wait4(pid, &its, 0, nil)
-		if err == nil {
-			status = its
-		}
-		if err != syscall.EINTR {
-			break
-		}
+// reap takes the dead leader's exit status, after which its number may be another's.
+func (x *run) reap() (status syscall.WaitStatus) {
+	x.mu.Lock()
+	defer x.mu.Unlock()
+	x.live[x.tag] = reaped
+	if pid, _ := syscall.Wait4(x.pid, &status, syscall.WNOHANG, nil); pid != x.pid {
+		return syscall.WaitStatus(syscall.SIGKILL) // fail safe: nobody else reaps it, and it never looks as if it had ended well
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	delete(r.leaders, pid)
 	return status
 }
 
@@ -472,66 +412,40 @@ func (r *runner) sweep(tag runTag) {
 	}
 }
 
-// kill is one round of a sweep; it says whether there was anything to end.
+// kill is one round of a sweep; it says whether there was anything to end. What is dead is reaped, a live run's orphans
+// too, but a leader by its own run alone: so not either what bears the tag of a run whose leader has no number yet.
 func (r *runner) kill(tag runTag) (found bool) {
-	r.burying.Lock()
-	defer r.burying.Unlock()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	leaders := map[int]bool{}
+	for _, pid := range r.live {
+		leaders[pid] = true
+	}
 	for _, pid := range r.children() {
-		doomed, leader := r.judge(pid, tag)
-		if !doomed {
+		its, ok := tagOf(pid)
+		if !ok {
 			continue
 		}
-		err, reaped := syscall.Kill(pid, syscall.SIGKILL), 0
-		if !leader {
-			reaped, _ = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
+		first, alive := r.live[its]
+		doomed := its == tag || !alive
+		killed := doomed && syscall.Kill(pid, syscall.SIGKILL) == nil
+		taken := 0
+		if !leaders[pid] && !(alive && first == unborn) {
+			taken, _ = syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
 		}
 		// What is beyond us (another user's) or dead but not ours to bury (traced) is not waited for: it would hold up every run.
-		found = found || reaped > 0 || err == nil && !isDead(pid)
+		found = found || doomed && taken > 0 || killed && !isDead(pid)
 	}
 	return found
 }
 
-// judge says whether a child is to be ended with the run of this tag, and whether it is a leader, whose own run reaps it.
-func (r *runner) judge(pid int, tag runTag) (doomed, leader bool) {
-	its, ok := tagOf(pid)
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if !ok || r.strays[pid] && !its.tagged() {
-		return false, false
-	}
-	started, alive := r.live[its]
-	return its == tag || !alive, r.leaders[pid] || alive && !started
-}
-
-// children lists the children of every thread that can have any.
+// children lists the children of every thread that can have any, but for strays. r.mu is held.
 func (r *runner) children() (pids []int) {
-	r.mu.Lock()
-	lists := r.lists
-	r.mu.Unlock()
-	for _, l := range lists {
-		pids = append(pids, l.pids()...)
+	for _, list := range r.lists {
+		pids = append(pids, childrenIn(list)...)
 	}
-	return pids
+	return slices.DeleteFunc(pids, func(pid int) bool { return r.strays[pid] })
 }
-
-// reapOrphans takes the exit status of what a long run orphaned and what has died since: it would stay a zombie until the sweep.
-func (r *runner) reapOrphans() {
-	r.burying.Lock()
-	defer r.burying.Unlock()
-	for _, pid := range r.lists[0].pids() {
-		r.mu.Lock()
-		ours := !r.leaders[pid] && !r.strays[pid]
-		r.mu.Unlock()
-		if ours {
-			syscall.Wait4(pid, nil, syscall.WNOHANG, nil)
-		}
-	}
-}
-
-var (
-	errAborted   = errors.New("the start was given up")
-	errHungStart = &startError{126, fmt.Sprintf("the system took longer than %v to start it: its file is held by a lease or lies on a file system that does not answer", startPatience)}
-)
 
 // explainStart turns what the kernel answered to execve(2) into what a shell would report.
 func explainStart(err error, name, cwd string) error {
@@ -542,45 +456,39 @@ func explainStart(err error, name, cwd string) error {
 	switch errno {
 	case syscall.ENOENT, syscall.ENOTDIR:
 		if _, err := os.Stat(cwd); err != nil {
-			return &startError{126, fmt.Sprintf("the working directory %q cannot be entered: %v", cwd, errno)}
+			return &startError{126, fmt.Errorf("the working directory %q cannot be entered: %w", cwd, errno)}
 		}
-		return &startError{127, fmt.Sprintf("%q was not found, or the interpreter that it names was not", name)}
+		return &startError{127, fmt.Errorf("%q was not found, or the interpreter that it names was not", name)}
 	case syscall.EAGAIN, syscall.ENOMEM, syscall.EMFILE, syscall.ENFILE, syscall.EPERM:
 		return fmt.Errorf("no process could be made for %q: %w", name, err)
 	}
-	return &startError{126, fmt.Sprintf("%q cannot be executed: %v", name, errno)}
+	return &startError{126, fmt.Errorf("%q cannot be executed: %w", name, errno)}
 }
 
 // locate finds the file of a command name: this very binary for aexec and ae, else on the path, never in the current directory
 // unless the name has a slash. direct says that an exec of it will not hang.
-func (r *runner) locate(name, cwd string, pathDirs []string, cred *credential) (path string, direct bool, err error) {
+func (r *runner) locate(c *command) (path string, direct bool, err error) {
+	name := c.what.argv[0]
 	if name == "aexec" || name == "ae" {
 		return ownBinary(), true, nil
 	}
-	slash := strings.Contains(name, "/")
-	if slash { // as the kernel reads it: cleaned, "sudo/." would be a name that no deny rule knows
-		if pathDirs = []string{""}; !filepath.IsAbs(name) {
-			pathDirs[0] = cwd + "/"
+	if strings.Contains(name, "/") { // as the kernel reads it: cleaned, "sudo/." would be a name that no deny rule knows
+		if path = name; !filepath.IsAbs(name) {
+			path = c.cwd + "/" + name
 		}
-		if cred != nil { // what that user may see is the kernel's to say, once it is that user
-			return pathDirs[0] + name, false, nil
+		if info, err := os.Stat(path); err == nil && c.cred == nil { // what another user may see, the kernel knows when it is that user
+			path, direct = r.atOnce(path, info)
 		}
+		return path, direct, nil // the kernel also says best what is wrong with it
 	}
-	failure := &startError{127, fmt.Sprintf("%q was not found", name)}
-	for _, dir := range pathDirs {
-		path := dir + name
-		if !slash {
-			path = filepath.Join(dir, name)
-		}
+	failure := &startError{127, fmt.Errorf("%q was not found", name)}
+	for _, dir := range c.pathDirs {
+		path := filepath.Join(dir, name)
 		info, err := os.Stat(path)
 		switch {
-		case errors.Is(err, os.ErrPermission) && slash: // else the file may not even be there
-			failure = &startError{126, fmt.Sprintf("%q cannot be looked at: permission denied", path)}
-		case err != nil:
-		case !info.Mode().IsRegular():
-			failure = &startError{126, fmt.Sprintf("%q is not a file", path)}
+		case err != nil || !info.Mode().IsRegular():
 		case info.Mode()&0o111 == 0:
-			failure = &startError{126, fmt.Sprintf("%q is not executable", path)}
+			failure = &startError{126, fmt.Errorf("%q is not executable", path)}
 		default:
 			path, direct = r.atOnce(path, info)
 			return path, direct, nil
@@ -600,8 +508,7 @@ func (r *runner) atOnce(path string, info os.FileInfo) (string, bool) {
 	r.mu.Lock()
 	known, ok := r.direct[path]
 	r.mu.Unlock()
-	file := versionOf(info)
-	if ok && known.file == file && known.dir == versionAt(filepath.Dir(known.real)) {
+	if ok && known == (direct{known.real, versionOf(info), versionAt(filepath.Dir(known.real))}) {
 		return known.real, true
 	}
 	real, ok := startsAtOnce(path)
@@ -613,6 +520,6 @@ func (r *runner) atOnce(path string, info os.FileInfo) (string, bool) {
 	if len(r.direct) >= maxDirect {
 		clear(r.direct) // an agent may spell one path in many ways
 	}
-	r.direct[path] = direct{real, file, versionAt(filepath.Dir(real))}
+	r.direct[path] = direct{real, versionOf(info), versionAt(filepath.Dir(real))}
 	return real, true
 }

@@ -10,6 +10,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -59,13 +60,10 @@ func helperRun(t testing.TB, name string, args ...string) command {
 }
 
 // strangers are children that are none of the other tests': those were there before the runner.
-func strangers(r *runner) (pids []int) {
-	for _, pid := range r.children() {
-		if !r.strays[pid] {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+func strangers(r *runner) []int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.children()
 }
 
 func (c chunks) String() string {
@@ -322,13 +320,13 @@ func TestStartFailures(t *testing.T) {
 		{"no-such-command", 127, "not found"},
 		{"./no-such-command", 127, "not found"},
 		{dir + "/no-such-command", 127, "not found"},
-		{write("file", "", 0o644), 126, "not executable"},
+		{write("file", "", 0o644), 126, "permission denied"},
 		{write("file2", "x", 0o644) + "/x", 127, "not found"},
-		{dir, 126, "not a file"},
+		{dir, 126, "permission denied"},
 		{"/bin/true/.", 127, "not found"}, // not cleaned to /bin/true: a deny rule knows it by another name
 		{"/bin/true/../true", 127, "not found"},
 		{"/bin/no-such-directory/../true", 127, "not found"},
-		{fifo, 126, "not a file"},
+		{fifo, 126, "permission denied"},
 		{write("empty", "", 0o755), 126, "exec format error"},
 		{write("text", "echo no interpreter\n", 0o755), 126, "exec format error"},
 		{write("script", "#!/no/such/interpreter\n", 0o755), 127, "interpreter"},
@@ -465,9 +463,6 @@ func TestOwnName(t *testing.T) {
 			t.Errorf("%s: %q %q %v", name, o.stdout, o.stderr, o.err)
 		}
 	}
-	if beneathServer() && !theRunner(t).next.tagged() {
-		t.Error("the test itself is beneath a server")
-	}
 }
 
 func init() { helpers["beneath"] = func() { fmt.Print("beneath ", beneathServer()) } }
@@ -562,7 +557,7 @@ func TestHungStart(t *testing.T) {
 	if o := <-held; o.end != endTimeout {
 		t.Errorf("the held command ended by %s, %v", o.end, o.err)
 	}
-	for _, pid := range r.children() {
+	for _, pid := range strangers(r) {
 		if its, _ := tagOf(pid); its == r.next+1 {
 			t.Errorf("the unborn command is alive")
 		}
@@ -662,8 +657,8 @@ func TestNoLeaks(t *testing.T) {
 	if left := strangers(r); len(left) != 0 {
 		t.Errorf("children left: %v", left)
 	}
-	if len(r.live) != 0 || len(r.leaders) != 0 || r.slots != 0 {
-		t.Errorf("left in the runner: %d runs, %d leaders, %d slots", len(r.live), len(r.leaders), r.slots)
+	if len(r.live) != 0 || r.slots != 0 {
+		t.Errorf("left in the runner: %d runs, %d slots", len(r.live), r.slots)
 	}
 }
 
@@ -672,25 +667,29 @@ func TestKilledAtBirth(t *testing.T) {
 	r := theRunner(t)
 	runtime.LockOSThread() // it dies with the thread that made it
 	defer runtime.UnlockOSThread()
-	r.lists = append(r.lists, openChildList(unix.Gettid()))
+	r.lists = append(r.lists, childList(unix.Gettid()))
 	defer func() { r.lists = r.lists[:len(r.lists)-1] }()
-	x := &run{runner: r}
+	c := testCommand("sleep", "1000")
+	x := &run{runner: r, ctx: t.Context()}
 	x.begin()
 	defer x.finish()
 	if err := setTag(x.tag); err != nil {
 		t.Fatal(err)
 	}
-	null := r.null
-	pid, err := (&startSpec{path: "/bin/sleep", argv: []string{"sleep", "1000"}, dir: "/", files: []*os.File{null, null, null}}).start()
-	if err != nil {
+	var err error
+	if x.pid, _, err = startCommand(&c, "/bin/sleep", false, []*os.File{r.null, r.null, r.null}); err != nil {
 		t.Fatal(err)
 	}
 	if !r.kill(x.tag) {
 		t.Error("nothing was killed")
 	}
-	waitExit(pid)
+	waitExit(x.pid)
 	r.kill(x.tag)
-	if status := r.reap(pid); !status.Signaled() {
+	r.kill(0)
+	if left := strangers(r); !slices.Contains(left, x.pid) {
+		t.Errorf("it was reaped by another: %v are left", left)
+	}
+	if status := x.reap(); !status.Signaled() || status.Signal() != syscall.SIGKILL {
 		t.Errorf("its status is %#x", status)
 	}
 }

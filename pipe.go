@@ -4,7 +4,9 @@
 package main
 
 import (
+	"bytes"
 	"errors"
+	"io"
 	"os"
 	"sync"
 	"sync/atomic"
@@ -31,59 +33,44 @@ type chunks [][]byte
 
 // plumbing is the pipes of one run, and what comes out of them.
 type plumbing struct {
-	limit     int64
+	c         command
 	total     atomic.Int64
-	broken    chan end   // the first reason of the output to end the run; room for one
-	sink      sink       // nil: captured
-	sinking   sync.Mutex // one call of sink at a time
-	streams   [2]stream  // standard output, standard error
-	stdin     *os.File   // our end, nil for /dev/null
-	input     []byte
-	childSide [3]*os.File // what the child gets as 0, 1, 2
-	null      *os.File    // the one of them that is not ours to close
+	stop      func(error) // ends the run; the error is an end
+	sinking   sync.Mutex  // one call of the sink at a time
+	failure   error       // of the sink, which gets nothing more
+	streams   [2]stream   // standard output, standard error
+	stdin     *os.File    // our end, nil for /dev/null
+	childSide [3]*os.File // what the child gets as 0 (nil: /dev/null), 1, 2
 	pumps     sync.WaitGroup
 }
 
 type stream struct {
 	number   int
 	file     *os.File
+	source   io.Reader // the file, or what was left in it at the deadline of drain
 	captured chunks
 	bytes    int64
-	late     bool // the deadline of drain has passed
-	rest     int  // and so much was waiting then
 }
 
-func openPlumbing(c command, null *os.File) (p *plumbing, err error) {
-	p = &plumbing{limit: c.maxBytes, broken: make(chan end, 1), sink: c.sink, input: c.stdin, null: null, childSide: [3]*os.File{null, null, null}}
-	defer func() {
-		if err != nil {
-			p.closeChildSide()
-			p.close()
-		}
-	}()
+// openPlumbing leaves it to the caller to close both sides, with an error too.
+func openPlumbing(c command, stop func(error)) (*plumbing, error) {
+	p := &plumbing{c: c, stop: stop}
+	var errs [3]error
 	for i := range p.streams {
 		s := &p.streams[i]
 		s.number = i + 1
-		if s.file, p.childSide[s.number], err = outputPipe(); err != nil {
-			return nil, err
-		}
-		if c.sink != nil {
-			enlargePipe(s.file, streamBytes)
-		}
+		s.file, p.childSide[s.number], errs[i] = outputPipe(c.sink != nil)
+		s.source = s.file
 	}
 	if c.stdin != nil {
-		if p.childSide[0], p.stdin, err = os.Pipe(); err != nil {
-			return nil, err
-		}
+		p.childSide[0], p.stdin, errs[2] = os.Pipe()
 	}
-	return p, nil
+	return p, errors.Join(errs[:]...)
 }
 
 func (p *plumbing) closeChildSide() {
 	for _, f := range p.childSide {
-		if f != p.null {
-			f.Close() // nil too: an error that nobody needs
-		}
+		f.Close() // nil too: an error that nobody needs
 	}
 }
 
@@ -97,17 +84,12 @@ func (p *plumbing) close() {
 func (p *plumbing) pump() {
 	if p.stdin != nil {
 		go func() {
-			p.stdin.Write(p.input) // what is not read is not missed
+			p.stdin.Write(p.c.stdin) // what is not read is not missed
 			p.stdin.Close()
 		}()
 	}
 	for i := range p.streams {
-		s := &p.streams[i]
-		if p.sink != nil {
-			p.pumps.Go(func() { p.forward(s) })
-		} else {
-			p.pumps.Go(func() { p.capture(s) })
-		}
+		p.pumps.Go(func() { p.move(&p.streams[i]) })
 	}
 }
 
@@ -120,78 +102,61 @@ func (p *plumbing) drain() {
 	p.pumps.Wait()
 }
 
-// capture keeps what fits the limit, in pieces, and reads on to the end.
-func (p *plumbing) capture(s *stream) {
-	for size := firstChunkBytes; ; size = chunkBytes {
-		piece := make([]byte, size)
-		have := 0
-		for have < size {
-			n, err := s.read(piece[have:])
-			have += p.admit(n)
-			if err != nil {
-				s.keep(piece[:have])
-				return
-			}
-			if p.total.Load() > p.limit {
-				break
-			}
-		}
-		s.keep(piece[:have])
+// move keeps what fits the limit, in pieces, or hands it to the sink, and reads on to the end.
+func (p *plumbing) move(s *stream) {
+	size := chunkBytes
+	if p.c.sink != nil {
+		size = streamBytes
 	}
-}
-
-func (s *stream) keep(piece []byte) {
-	if len(piece) > 0 {
-		s.captured = append(s.captured, piece)
-		s.bytes += int64(len(piece))
-	}
-}
-
-// forward hands what fits the limit to the sink, and reads on to the end.
-func (p *plumbing) forward(s *stream) {
-	buffer := make([]byte, firstChunkBytes)
-	for {
-		n, err := s.read(buffer)
-		if fits := p.admit(n); fits > 0 {
-			p.sinking.Lock()
-			failure := p.sink.output(s.number, buffer[:fits], pendingBytes(s.file) == 0)
-			p.sinking.Unlock()
-			if failure != nil {
-				p.stop(endClient)
-				p.total.Add(p.limit) // and nothing more is admitted
-			}
-			s.bytes += int64(fits)
+	for piece := make([]byte, 0, firstChunkBytes); ; {
+		n, err := s.read(piece[len(piece):cap(piece)])
+		fits := p.admit(n)
+		s.bytes += int64(fits)
+		piece = piece[:len(piece)+fits]
+		full := len(piece) == cap(piece)
+		if p.c.sink != nil {
+			p.hand(s, piece)
+			piece = piece[:0]
+		} else if (full || err != nil) && len(piece) > 0 {
+			s.captured = append(s.captured, piece)
 		}
 		if err != nil {
 			return
 		}
-		if n == len(buffer) && n < streamBytes {
-			buffer = make([]byte, streamBytes)
+		if full && (p.c.sink == nil || cap(piece) < size) {
+			piece = make([]byte, 0, size)
 		}
+	}
+}
+
+// hand gives a piece to the sink, unless that has failed.
+func (p *plumbing) hand(s *stream, piece []byte) {
+	p.sinking.Lock()
+	defer p.sinking.Unlock()
+	if len(piece) == 0 || p.failure != nil {
+		return
+	}
+	if p.failure = p.c.sink.output(s.number, piece, pendingBytes(s.file) == 0); p.failure != nil {
+		p.stop(endClient)
 	}
 }
 
 // read is Read, but that what waits in the pipe when the deadline passes is read all the same, and not more: a slow sink
-// loses nothing, and a stranger that opened the pipe through /proc and goes on writing gains nothing.
+// loses nothing, and a stranger that opened the pipe through /proc and goes on writing, or reads, too, gains nothing.
 func (s *stream) read(b []byte) (n int, err error) {
-	if !s.late {
-		if n, err = s.file.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
-			return n, err
-		}
-		s.late, s.rest = true, pendingBytes(s.file)
+	if n, err = s.source.Read(b); !errors.Is(err, os.ErrDeadlineExceeded) {
+		return n, err
 	}
-	if s.rest <= 0 {
-		return 0, os.ErrDeadlineExceeded
-	}
+	rest := make([]byte, pendingBytes(s.file))
 	s.file.SetReadDeadline(time.Now().Add(drainPatience))
-	n, err = s.file.Read(b[:min(len(b), s.rest)])
-	s.rest -= n
-	return n, err
+	n, _ = s.file.Read(rest)
+	s.source = bytes.NewReader(rest[:n])
+	return s.source.Read(b)
 }
 
 // admit says how many of n more bytes are within the limit.
 func (p *plumbing) admit(n int) int {
-	over := p.total.Add(int64(n)) - p.limit
+	over := p.total.Add(int64(n)) - p.c.maxBytes
 	if over <= 0 {
 		return n
 	}
@@ -199,27 +164,20 @@ func (p *plumbing) admit(n int) int {
 	return max(0, n-int(over))
 }
 
-func (p *plumbing) stop(why end) {
-	select {
-	case p.broken <- why:
-	default:
-	}
-}
-
 // outcome sums up a run that started.
 func (p *plumbing) outcome(why end, status syscall.WaitStatus) outcome {
-	if why == endExit {
-		select {
-		case why = <-p.broken: // by what was still in the pipe
-		default:
-		}
+	switch { // what was still in the pipe after an exit counts too
+	case why != endExit:
+	case p.failure != nil:
+		why = endClient
+	case p.total.Load() > p.c.maxBytes:
+		why = endOutput
 	}
 	out, errs := &p.streams[0], &p.streams[1]
 	o := outcome{end: why, stdout: out.captured, stderr: errs.captured, stdoutBytes: out.bytes, stderrBytes: errs.bytes}
-	switch {
-	case status.Exited():
+	if status.Exited() {
 		o.exited, o.exitCode = true, status.ExitStatus()
-	case status.Signaled():
+	} else {
 		o.signalNumber, o.signal = int(status.Signal()), signalName(status.Signal())
 	}
 	return o

@@ -13,23 +13,21 @@ import (
 )
 
 // forkExec makes a child with these files as its descriptors from 0 on, and returns when the kernel has done the exec.
-func forkExec(path string, argv []string, dir string, env []string, files []*os.File, cred *credential, sys *syscall.SysProcAttr) (pid int, err error) {
+func forkExec(c *command, path string, argv []string, files []*os.File, sys *syscall.SysProcAttr) (pid int, err error) {
 	var fds []uintptr
 	for _, f := range files {
 		fds = append(fds, f.Fd()) // which makes these ends blocking, as programs expect them
 	}
-	if cred != nil {
-		sys.Credential = &syscall.Credential{Uid: cred.Uid, Gid: cred.Gid, Groups: cred.Groups}
+	if c.cred != nil {
+		sys.Credential = &syscall.Credential{Uid: c.cred.Uid, Gid: c.cred.Gid, Groups: c.cred.Groups}
 	}
-	return syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: dir, Env: env, Files: fds, Sys: sys})
+	return syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: c.cwd, Env: c.env, Files: fds, Sys: sys})
 }
 
-// execKeeping becomes another program (execve(2)) that has these files open, too, beside the standard ones; it returns only if it fails.
-func execKeeping(path string, argv, env []string, files []*os.File) error {
-	for _, f := range files {
-		if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
-			return err
-		}
+// execKeeping becomes another program (execve(2)) that has f open, too, beside the standard files; it returns only if it fails.
+func execKeeping(path string, argv, env []string, f *os.File) error {
+	if _, err := unix.FcntlInt(f.Fd(), unix.F_SETFD, 0); err != nil {
+		return err
 	}
 	return syscall.Exec(path, argv, env)
 }

@@ -4,16 +4,19 @@
 package main
 
 import (
+	"bytes"
 	"encoding/binary"
 	"errors"
 	"fmt"
-	"hash/fnv"
+	"hash/crc32"
+	"io"
+	"math"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,181 +26,127 @@ import (
 // From the top: 8 bits of magic, 20 bits of the configuration directory's hash, 36 bits that count runs downwards.
 type runTag uint64
 
-const spawnerSlice = 100_000 // nanoseconds; the least that the scheduler takes
-
 const (
 	tagMagic   runTag = 0x5A << 56
 	tagDirBits        = 20
 	tagRunBits        = 36
 	tagOwner   runTag = (1<<28 - 1) << tagRunBits // magic and directory
+	untagged   runTag = unix.RLIM_INFINITY
 )
 
-func (t runTag) tagged() bool { return t>>56 == tagMagic>>56 }
-
-// ownTag gives this process's tag, or what stands in its place.
-func ownTag() runTag {
-	t, _ := tagOf(0)
-	return t
-}
-
 // beneathServer says whether this process was started by a command of an aexec server, which could have lowered its tag.
-func beneathServer() bool { return uint64(ownTag()) != unix.RLIM_INFINITY }
+func beneathServer() bool {
+	own, ok := tagOf(0)
+	return !ok || own != untagged
+}
 
 // prepareProcess makes this process the parent of all orphans below it (prctl(2), PR_SET_CHILD_SUBREAPER), forbids core
 // dumps to it and its children, and gives the first tag of the directory.
 func prepareProcess(id string) (runTag, error) {
-	if err := unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0); err != nil {
-		return 0, fmt.Errorf("become the parent of orphaned processes: %w", err)
-	}
-	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
-		return 0, fmt.Errorf("forbid core dumps: %w", err)
-	}
 	inherited, err := os.ReadDir("/proc/self/fd")
+	err = errors.Join(err, unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}))
+	if err != nil {
+		return 0, fmt.Errorf("prepare this process for running commands: %w", err)
+	}
 	for _, f := range inherited { // what the starter of the server left open is not for commands
 		if fd, _ := strconv.Atoi(f.Name()); fd > 2 {
 			unix.CloseOnExec(fd)
 		}
 	}
-	if err != nil {
-		return 0, fmt.Errorf("close inherited descriptors: %w", err)
-	}
-	own := ownTag()
-	if own.tagged() { // an earlier runner of this process
+	own, _ := tagOf(0)
+	if own>>56 == tagMagic>>56 { // an earlier runner of this process
 		return own - 1, nil
-	}
-	if uint64(own) != unix.RLIM_INFINITY {
+	} else if own != untagged {
 		return 0, errors.New("the limit RLIMIT_RSS is already lowered, and aexec marks its commands with it: start it with ulimit -H -m unlimited (systemd: LimitRSS=infinity)")
 	}
-	h := fnv.New32a()
-	h.Write([]byte(id))
-	dir := runTag(h.Sum32()) & (1<<tagDirBits - 1)
+	dir := runTag(crc32.ChecksumIEEE([]byte(id))) & (1<<tagDirBits - 1)
 	return tagMagic | dir<<tagRunBits | (1<<tagRunBits - 1), nil
 }
 
 // setTag marks what this process starts from now on.
 func setTag(t runTag) error {
-	limit := unix.Rlimit{Cur: uint64(t), Max: uint64(t)}
-	if err := unix.Prlimit(0, unix.RLIMIT_RSS, &limit, nil); err != nil {
-		return fmt.Errorf("mark the command: %w", err)
-	}
-	return nil
+	return unix.Prlimit(0, unix.RLIMIT_RSS, &unix.Rlimit{Cur: uint64(t), Max: uint64(t)}, nil)
 }
 
 // tagOf reads a process's tag (0: this one's); false if there is no such process. Where prlimit(2) is not permitted, as the
 // process has another user, /proc tells (slower).
 func tagOf(pid int) (runTag, bool) {
 	var limit unix.Rlimit
-	switch err := unix.Prlimit(pid, unix.RLIMIT_RSS, nil, &limit); err {
-	case nil:
+	if unix.Prlimit(pid, unix.RLIMIT_RSS, nil, &limit) == nil {
 		return runTag(limit.Max), true
-	case unix.ESRCH:
-		return 0, false
 	}
-	text, err := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/limits")
+	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/limits")
+	_, line, found := strings.Cut(string(text), "Max resident set")
+	var soft, hard string
+	fmt.Sscan(line, &soft, &hard)
+	tag, err := strconv.ParseUint(hard, 10, 64)
 	if err != nil {
-		return 0, false
+		return untagged, found // "unlimited"
 	}
-	_, line, _ := strings.Cut(string(text), "Max resident set")
-	fields := strings.Fields(line)
-	if len(fields) < 2 {
-		return 0, false
-	}
-	hard, err := strconv.ParseUint(strings.Replace(fields[1], "unlimited", "18446744073709551615", 1), 10, 64)
-	return runTag(hard), err == nil
+	return runTag(tag), true
 }
 
 // taggedProcesses lists all processes with a tag of the same directory as like, dead ones apart.
 func taggedProcesses(like runTag) (pids []int) {
-	for _, pid := range allProcesses() {
-		if t, ok := tagOf(pid); ok && t&tagOwner == like&tagOwner && pid != os.Getpid() && !isDead(pid) {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+	return slices.DeleteFunc(allProcesses(), func(pid int) bool {
+		its, _ := tagOf(pid)
+		return its&tagOwner != like&tagOwner || pid == os.Getpid() || isDead(pid)
+	})
 }
 
-func allProcesses() (pids []int) {
-	proc, err := os.Open("/proc")
-	if err != nil {
-		return nil
-	}
-	defer proc.Close()
-	names, _ := proc.Readdirnames(-1)
-	for _, name := range names {
-		if pid, err := strconv.Atoi(name); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+func allProcesses() []int {
+	paths, _ := filepath.Glob("/proc/[0-9]*")
+	return numbers(paths)
 }
 
-// procStat gives the state, the parent and the number of threads of a process, from /proc/PID/stat (proc_pid_stat(5)): its
-// name may hold anything but ends at the last ')'.
-func procStat(pid int) (state byte, parent, threads int) {
+// numbers are those of the paths whose last element is one, and these.
+func numbers(paths []string) (list []int) {
+	for _, path := range paths {
+		if n, err := strconv.Atoi(filepath.Base(path)); err == nil {
+			list = append(list, n)
+		}
+	}
+	return list
+}
+
+// procStat is what /proc/PID/stat says after a process's name, which may hold anything but ends at the last ')' (proc_pid_stat(5)):
+// its state, its parent, and at 17 the number of its threads. A process that is gone has none of it.
+func procStat(pid int) []string {
 	text, _ := os.ReadFile("/proc/" + strconv.Itoa(pid) + "/stat")
-	f := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
-	if len(f) < 18 {
-		return 0, 0, 0
-	}
-	parent, _ = strconv.Atoi(f[1])
-	threads, _ = strconv.Atoi(f[17])
-	return f[0][0], parent, threads
+	return strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 }
 
 // isDead says whether nothing of a process runs: a zombie whose main thread alone has ended is alive.
 func isDead(pid int) bool {
-	state, _, threads := procStat(pid)
-	return state == 0 || (state == 'Z' || state == 'X') && threads <= 1
+	f := procStat(pid)
+	return len(f) < 18 || (f[0] == "Z" || f[0] == "X") && (f[17] == "0" || f[17] == "1")
 }
 
-// childList is the list of one thread's children. A child that was made with CLONE_PARENT is listed under the thread that
-// made its maker, an orphan under the subreaper's main thread.
-type childList struct{ fd int } // fd -1: the kernel has no lists (CONFIG_PROC_CHILDREN)
-
-func openChildList(tid int) *childList {
-	path := fmt.Sprintf("/proc/self/task/%d/children", tid)
-	fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		fd = -1
-	}
-	return &childList{fd}
+// childList opens the list of one thread's children; nil: the kernel has no lists (CONFIG_PROC_CHILDREN). A child that was
+// made with CLONE_PARENT is listed under the thread that made its maker, an orphan under the subreaper's main thread.
+func childList(tid int) *os.File {
+	list, _ := os.Open(fmt.Sprintf("/proc/self/task/%d/children", tid))
+	return list
 }
 
-// pids reads the list anew.
-func (l *childList) pids() (pids []int) {
-	if l.fd < 0 {
-		return childrenByParent()
+// childrenIn reads a list anew.
+func childrenIn(list *os.File) []int {
+	if list == nil {
+		return slices.DeleteFunc(allProcesses(), func(pid int) bool {
+			f := procStat(pid)
+			return len(f) < 2 || f[1] != strconv.Itoa(os.Getpid())
+		})
 	}
-	var text []byte
-	buffer := make([]byte, 4096)
-	for {
-		n, err := unix.Pread(l.fd, buffer, int64(len(text)))
-		if n <= 0 || err != nil {
-			break
-		}
-		text = append(text, buffer[:n]...)
-	}
-	for _, field := range strings.Fields(string(text)) {
-		if pid, err := strconv.Atoi(field); err == nil {
-			pids = append(pids, pid)
-		}
-	}
-	return pids
+	text, _ := io.ReadAll(io.NewSectionReader(list, 0, math.MaxInt64))
+	return numbers(strings.Fields(string(text)))
 }
 
-func childrenByParent() (pids []int) {
-	for _, pid := range allProcesses() {
-		if _, parent, _ := procStat(pid); parent == os.Getpid() {
-			pids = append(pids, pid)
-		}
+// prepareSpawner readies the calling thread, which must be locked, for starting commands, and gives the list of its children;
+// false: it is the main thread. no_new_privs cannot be unset.
+func prepareSpawner(noNewPrivs bool) (*os.File, bool) {
+	if unix.Gettid() == os.Getpid() {
+		return nil, false
 	}
-	return pids
-}
-
-func onMainThread() bool { return unix.Gettid() == os.Getpid() }
-
-// prepareSpawner readies the calling thread, which must be locked, for starting commands. no_new_privs cannot be unset.
-func prepareSpawner(noNewPrivs bool) *childList {
 	unix.KeyctlJoinSessionKeyring("") // keys of the server's session are not for commands; old kernels have none
 	if noNewPrivs {
 		if err := unix.Prctl(unix.PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0); err != nil {
@@ -205,52 +154,39 @@ func prepareSpawner(noNewPrivs bool) *childList {
 		}
 	}
 	// The next start waits until this thread is back from the exec: a short slice has it run soon after it wakes (sched_setattr(2),
-	// Linux 6.12). Commands do not inherit it; nor would they a negative niceness, so that is left alone.
+	// Linux 6.12; the least is 100,000 ns). Commands do not inherit it; nor would they a negative niceness, so that is left alone.
 	if a, err := unix.SchedGetAttr(0, 0); err == nil && a.Policy == unix.SCHED_NORMAL && a.Nice >= 0 {
-		a.Runtime, a.Flags = spawnerSlice, a.Flags|unix.SCHED_FLAG_RESET_ON_FORK
+		a.Runtime, a.Flags = 100_000, a.Flags|unix.SCHED_FLAG_RESET_ON_FORK
 		unix.SchedSetAttr(0, a, 0) // where that is not known, starts are a little later
 	}
-	return openChildList(unix.Gettid())
+	return childList(unix.Gettid()), true
 }
 
-// startSpec is what one start needs; with a status pipe it goes through the launcher.
-type startSpec struct {
-	path   string
-	argv   []string
-	env    []string
-	dir    string
-	files  []*os.File
-	cred   *credential
-	limits *rlimits // not nil: go through the launcher
-	status *os.File // of the launcher: what it could not do
-}
-
-// launch has the start go through the launcher: this binary, that sets the limits and becomes the command.
-func (s *startSpec) launch(l rlimits) { s.limits = &l }
-
-// start makes the child (a session of its own, that dies with this thread) and returns when the kernel has done the exec.
-func (s *startSpec) start() (pid int, err error) {
-	path, argv, files := s.path, s.argv, s.files
-	if s.limits != nil {
-		var report *os.File
-		if s.status, report, err = os.Pipe(); err != nil {
-			return 0, err
+// startCommand makes the child (a session of its own, that dies with this thread) and returns when the kernel has done the
+// exec. The launcher is this binary, that sets the limits and becomes the command, or else says on report why not.
+func startCommand(c *command, path string, launcher bool, files []*os.File) (pid int, report *os.File, err error) {
+	argv := c.what.argv
+	if launcher {
+		var theirs *os.File
+		if report, theirs, err = os.Pipe(); err != nil {
+			return 0, nil, err
 		}
-		defer report.Close()
-		files = append(files[:len(files):len(files)], report)
-		path, argv = ownBinary(), append([]string{launcherName, s.limits.encode(), s.path}, s.argv...)
+		defer theirs.Close()
+		l := c.limits
+		limits := strings.Fields(fmt.Sprint(l.CPUSeconds, l.FileBytes, l.OpenFiles, l.Processes, l.MemoryBytes)) // as limited has them
+		argv = slices.Concat([]string{launcherName}, limits, []string{path}, argv)
+		path, files = ownBinary(), slices.Concat(files, []*os.File{theirs})
 	}
-	return forkExec(path, argv, s.dir, s.env, files, s.cred, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
+	pid, err = forkExec(c, path, argv, files, &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL})
+	return pid, report, err
 }
 
-// confirm waits until the launcher has become the command, or gives the error that kept it from that.
-func (s *startSpec) confirm() error {
-	if s.status == nil {
-		return nil
-	}
-	defer s.status.Close()
+// launcherError waits until the launcher has become the command (nil), or gives the error that kept it from that. Without a
+// report there is none.
+func launcherError(report *os.File) error {
+	defer report.Close()
 	var errno [4]byte
-	if n, _ := s.status.Read(errno[:]); n == len(errno) {
+	if n, _ := report.Read(errno[:]); n == len(errno) {
 		return syscall.Errno(binary.NativeEndian.Uint32(errno[:]))
 	}
 	return nil
@@ -261,53 +197,45 @@ const (
 	launcherReport = 3                 // descriptor
 )
 
-func (l rlimits) encode() string {
-	return fmt.Sprint(l.CPUSeconds, l.MemoryBytes, l.FileBytes, l.OpenFiles, l.Processes)
-}
-
 // launched is the launcher: when this process was started as one, it sets its limits and becomes the command. It runs before
 // anything else in main. If it returns true, that failed: the errno that a shell would report is on the descriptor, and
 // the process is to end.
 func launched() bool {
-	if len(os.Args) < 4 || os.Args[0] != launcherName {
+	rest := 1 + len(limited) // of os.Args: the path, and the command's own
+	if len(os.Args) < rest+2 || os.Args[0] != launcherName {
 		return false
 	}
 	unix.CloseOnExec(launcherReport)
-	var l rlimits
-	_, err := fmt.Sscan(os.Args[1], &l.CPUSeconds, &l.MemoryBytes, &l.FileBytes, &l.OpenFiles, &l.Processes)
+	env := os.Environ() // before memory may be short
+	err := limit(os.Args[1:rest])
 	if err == nil {
-		env := os.Environ()
-		if err = l.apply(); err == nil {
-			err = syscall.Exec(os.Args[2], os.Args[3:], env)
-		}
+		err = syscall.Exec(os.Args[rest], os.Args[rest+1:], env)
 	}
-	errno, ok := errors.AsType[syscall.Errno](err)
-	if !ok {
-		errno = syscall.EINVAL
-	}
+	errno, _ := errors.AsType[syscall.Errno](err) // 0 is a failure, too: only silence is none
 	syscall.Write(launcherReport, binary.NativeEndian.AppendUint32(nil, uint32(errno)))
 	return true
 }
 
-// apply sets the limits on this process, never above the hard ones that it has (setrlimit(2)); the address space last, as
-// this process lives in it too.
-func (l rlimits) apply() error {
-	for _, k := range []struct {
-		resource int
-		value    uint64
-	}{{unix.RLIMIT_CPU, l.CPUSeconds}, {unix.RLIMIT_FSIZE, l.FileBytes}, {unix.RLIMIT_NOFILE, l.OpenFiles}, {unix.RLIMIT_NPROC, l.Processes}, {unix.RLIMIT_AS, l.MemoryBytes}} {
-		if k.value == 0 {
+// limited is what exec.limits limits, in the launcher's order: the address space last, as the launcher lives in it, too.
+var limited = []int{unix.RLIMIT_CPU, unix.RLIMIT_FSIZE, unix.RLIMIT_NOFILE, unix.RLIMIT_NPROC, unix.RLIMIT_AS}
+
+// limit sets the limits of this process to these numbers (setrlimit(2)), never above the hard ones that it has; 0: left alone.
+func limit(values []string) error {
+	for i, resource := range limited {
+		value, err := strconv.ParseUint(values[i], 10, 64)
+		if err != nil {
+			return err
+		} else if value == 0 {
 			continue
 		}
 		var had syscall.Rlimit
-		if err := syscall.Getrlimit(k.resource, &had); err != nil {
-			return err
-		}
-		limit := syscall.Rlimit{Cur: min(k.value, had.Max), Max: min(k.value, had.Max)}
-		if k.resource == unix.RLIMIT_CPU && limit.Max < had.Max {
+		syscall.Getrlimit(resource, &had) // if it failed, the limit would be 0
+		value = min(value, had.Max)
+		limit := syscall.Rlimit{Cur: value, Max: value}
+		if resource == unix.RLIMIT_CPU && value < had.Max {
 			limit.Max++ // at the hard limit comes SIGKILL: leave a second for SIGXCPU, which names the reason
 		}
-		if err := syscall.Setrlimit(k.resource, &limit); err != nil {
+		if err := syscall.Setrlimit(resource, &limit); err != nil {
 			return err
 		}
 	}
@@ -345,18 +273,16 @@ func startsAtOnce(path string) (string, bool) {
 
 // outputPipe is os.Pipe, but that the writing end is a command's: blocking, and unknown to the runtime's poller, which costs six
 // system calls less.
-func outputPipe() (read, write *os.File, err error) {
+func outputPipe(large bool) (read, write *os.File, err error) {
 	var fds [2]int
 	if err := unix.Pipe2(fds[:], unix.O_CLOEXEC|unix.O_NONBLOCK); err != nil {
 		return nil, nil, os.NewSyscallError("pipe2", err)
 	}
 	unix.FcntlInt(uintptr(fds[1]), unix.F_SETFL, 0) // cannot fail: it is open
+	if large {
+		unix.FcntlInt(uintptr(fds[1]), unix.F_SETPIPE_SZ, streamBytes) // best effort: the user's quota may be used up (pipe(7))
+	}
 	return os.NewFile(uintptr(fds[0]), "|0"), os.NewFile(uintptr(fds[1]), "|1"), nil
-}
-
-// enlargePipe is best effort: the user's quota of pipe memory may be used up (pipe(7)).
-func enlargePipe(f *os.File, size int) {
-	onDescriptor(f, func(fd uintptr) { unix.FcntlInt(fd, unix.F_SETPIPE_SZ, size) })
 }
 
 // pendingBytes says how much waits in a pipe (FIONREAD, alias TIOCINQ).
@@ -368,19 +294,19 @@ func pendingBytes(f *os.File) (n int) {
 // waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own. A pidfd lets the runtime's
 // poller do the waiting (pidfd_open(2)); where the kernel has none for it (before Linux 5.10) this holds a thread.
 func waitExit(pid int) {
-	dead := func(flags int) bool {
+	dead := func(kind, id, flags int) bool {
 		var info unix.Siginfo
-		err := unix.Waitid(unix.P_PID, pid, &info, unix.WEXITED|unix.WNOWAIT|flags, nil)
+		err := unix.Waitid(kind, id, &info, unix.WEXITED|unix.WNOWAIT|flags, nil)
 		return err == nil && info.Signo != 0 || err != nil && err != unix.EINTR
 	}
 	if fd, err := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK); err == nil {
 		f := os.NewFile(uintptr(fd), "pidfd")
 		defer f.Close()
-		if c, err := f.SyscallConn(); err == nil && c.Read(func(uintptr) bool { return dead(unix.WNOHANG) }) == nil {
+		if c, err := f.SyscallConn(); err == nil && c.Read(func(fd uintptr) bool { return dead(unix.P_PIDFD, int(fd), unix.WNOHANG) }) == nil {
 			return
 		}
 	}
-	for !dead(0) {
+	for !dead(unix.P_PID, pid, 0) {
 	}
 }
 
@@ -389,37 +315,5 @@ func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 	return int64(st.Ctim.Sec), int64(st.Ctim.Nsec)
 }
 
-// ---- daemon.go's: the pid file's lock, pidfds, and the server's own secrecy
-
-// processHandle is a pidfd: it means one process even when that has ended and its number was given away (pidfd_open(2)).
-type processHandle struct{ fd int }
-
-// openProcess gives syscall.ESRCH if there is no such process.
-func openProcess(pid int) (processHandle, error) {
-	fd, err := unix.PidfdOpen(pid, 0)
-	return processHandle{fd}, err
-}
-
-func (h processHandle) signal(s syscall.Signal) error {
-	return unix.PidfdSendSignal(h.fd, s, nil, 0)
-}
-
-// wait returns true as soon as the process is dead, reaped or not (poll(2) finds a pidfd readable then).
-func (h processHandle) wait(patience time.Duration) (bool, error) {
-	for deadline := time.Now().Add(patience); ; {
-		ready, err := unix.Poll([]unix.PollFd{{Fd: int32(h.fd), Events: unix.POLLIN}}, max(0, int(time.Until(deadline).Milliseconds())))
-		if err != unix.EINTR {
-			return ready > 0, err
-		}
-	}
-}
-
-func (h processHandle) close() { unix.Close(h.fd) }
-
 // hideProcess keeps other processes of the same user out of this one's memory, environment and descriptors (PR_SET_DUMPABLE(2const)).
-func hideProcess() error {
-	if err := unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0); err != nil {
-		return fmt.Errorf("hide from other processes: %w", err)
-	}
-	return nil
-}
+func hideProcess() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }

@@ -9,7 +9,6 @@ import (
 	"errors"
 	"os"
 	"syscall"
-	"time"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -17,46 +16,30 @@ import (
 
 type runTag uint64
 
-func (t runTag) tagged() bool { return false }
-func beneathServer() bool     { return false }
 func prepareProcess(string) (runTag, error) {
 	return 1, unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})
 }
-func setTag(runTag) error                       { return nil }
-func tagOf(int) (runTag, bool)                  { return 0, false }
-func taggedProcesses(runTag) []int              { return nil }
-func onMainThread() bool                        { return false }
-func prepareSpawner(noNewPrivs bool) *childList { return nil }
-func launched() bool                            { return false }
-func ownBinary() string                         { path, _ := os.Executable(); return path }
-func startsAtOnce(path string) (string, bool)   { return path, true }
-func isDead(int) bool                           { return false }
-func outputPipe() (r, w *os.File, err error)    { return os.Pipe() }
-func enlargePipe(*os.File, int)                 {}
-func pendingBytes(*os.File) int                 { return 0 } // every piece of a stream is flushed
+func beneathServer() bool                        { return false }
+func setTag(runTag) error                        { return nil }
+func tagOf(int) (runTag, bool)                   { return 0, false }
+func taggedProcesses(runTag) []int               { return nil }
+func childList(int) *os.File                     { return nil }
+func childrenIn(*os.File) []int                  { return nil }
+func prepareSpawner(bool) (*os.File, bool)       { return nil, true }
+func launched() bool                             { return false }
+func launcherError(*os.File) error               { return nil }
+func ownBinary() string                          { path, _ := os.Executable(); return path }
+func startsAtOnce(path string) (string, bool)    { return path, true }
+func isDead(int) bool                            { return false }
+func outputPipe(bool) (r, w *os.File, err error) { return os.Pipe() }
+func pendingBytes(*os.File) int                  { return 0 } // every piece of a stream is flushed
 
-type childList struct{}
-
-func openChildList(int) *childList { return &childList{} }
-func (l *childList) pids() []int   { return nil }
-
-type startSpec struct {
-	path, dir string
-	argv, env []string
-	files     []*os.File
-	cred      *credential
-	limited   bool
-	status    *os.File // of a launcher: there is none
-}
-
-func (s *startSpec) launch(l rlimits) { s.limited = l != rlimits{} }
-func (s *startSpec) confirm() error   { return nil }
-
-func (s *startSpec) start() (int, error) {
-	if s.limited {
-		return 0, errors.New("exec.limits need Linux: set them to 0")
+func startCommand(c *command, path string, _ bool, files []*os.File) (pid int, report *os.File, err error) {
+	if c.limits != (rlimits{}) {
+		return 0, nil, errors.New("exec.limits need Linux: set them to 0")
 	}
-	return forkExec(s.path, s.argv, s.dir, s.env, s.files, s.cred, &syscall.SysProcAttr{Setsid: true})
+	pid, err = forkExec(c, path, c.what.argv, files, &syscall.SysProcAttr{Setsid: true})
+	return pid, nil, err
 }
 
 // waitExit returns when the child is dead, and leaves it unreaped (waitid(2): P_PID, WEXITED|WNOWAIT).
@@ -74,29 +57,6 @@ func waitExit(pid int) {
 func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) {
 	return st.Ctimespec.Sec, st.Ctimespec.Nsec
 }
-
-// processHandle is a mere number here: it may come to mean another process between two calls.
-type processHandle struct{ pid int }
-
-func openProcess(pid int) (processHandle, error) {
-	if pid <= 1 {
-		return processHandle{}, syscall.EINVAL
-	}
-	return processHandle{pid}, syscall.Kill(pid, 0)
-}
-
-func (h processHandle) signal(s syscall.Signal) error { return syscall.Kill(h.pid, s) }
-
-func (h processHandle) wait(patience time.Duration) (bool, error) {
-	for deadline := time.Now().Add(patience); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if syscall.Kill(h.pid, 0) == syscall.ESRCH {
-			return true, nil
-		}
-	}
-	return false, nil
-}
-
-func (h processHandle) close() {}
 
 // hideProcess does nothing: there is no such switch, and another process of the same user is not kept out here.
 func hideProcess() error { return nil }
