@@ -51,6 +51,7 @@ var (
 	// routeForm admits the patterns in which one path is one request: no host, no subtree, no "..."; net/http refuses . and ..
 	routeForm     = regexp.MustCompile(`^(GET|POST|PUT|PATCH|DELETE) (/([A-Za-z0-9_.+~-]+|\{[A-Za-z0-9_]+\}))+$`)
 	routeWildcard = regexp.MustCompile(`^\{[A-Za-z0-9_]+\}$`)
+	routePlace    = regexp.MustCompile(` \(registered at [^)]*\)`) // which net/http adds: a line of ours
 	routeValue    = regexp.MustCompile(`^[^-\p{Cc}]\P{Cc}*$`)
 )
 
@@ -96,7 +97,7 @@ func surveyPlugins(p paths, s *settings) (plugins []*plugin, problems []pluginPr
 	owner := map[string]string{}                      // by command: a request would not know whose it is if there were two
 	for _, name := range names {
 		pl, err := readPlugin(p, name)
-		pl.Enabled = !s.disabled(name) && (s.PluginsMode != "explicit" || slices.Contains(s.PluginsEnabled, name))
+		pl.Enabled = s.enabled(name)
 		if other := owner[pl.Command]; other != "" && pl.Enabled {
 			err = fmt.Errorf("%s: the command %q is already that of the plugin %q: disable or remove one of them",
 				filepath.Join(pl.dir, "settings.json"), pl.Command, other)
@@ -112,7 +113,8 @@ func surveyPlugins(p paths, s *settings) (plugins []*plugin, problems []pluginPr
 	}
 	for _, name := range s.PluginsEnabled {
 		if s.PluginsMode == "explicit" && !slices.Contains(names, name) { // its deny rules would be missing
-			problems = append(problems, pluginProblem{name, filepath.Join(p.plugins, name) + " is not there, but plugins.enabled names it", s.disabled(name)})
+			why := filepath.Join(p.plugins, name) + " is not there, but plugins.enabled names it"
+			problems = append(problems, pluginProblem{name, why, s.disabled(name)})
 		}
 	}
 	return plugins, problems
@@ -245,7 +247,8 @@ func parseRoutes(name string, n *node) (routes map[string][]string, err error) {
 	routes, mux, key := map[string][]string{}, http.NewServeMux(), ""
 	defer func() {
 		if said := recover(); said != nil { // so net/http says what is wrong with a pattern, or what it conflicts with
-			err = fmt.Errorf("the route %q cannot be used: %s", key, strings.ReplaceAll(fmt.Sprint(said), "\n", " "))
+			why := routePlace.ReplaceAllString(fmt.Sprint(said), "")
+			err = fmt.Errorf("the route %q cannot be used: %s", key, strings.ReplaceAll(why, "\n", " "))
 		}
 	}()
 	for i := range n.keys {

@@ -219,6 +219,7 @@ func TestInvalidPlugins(t *testing.T) {
 		{with(`,"routes":{"GET /x/":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /x//y":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /../exec":["tool"]}`), "unclean path"},
+		{with(`,"routes":{"GET /a/{x}":["tool"],"GET /a/{y}":["tool"]}`), `{y}" conflicts with pattern "GET /api/command/bad/a/{x}": GET `},
 		{with(`,"routes":{"GET /%2e%2e/exec":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /{x...}":["tool"]}`), "segments of plain text or {name}"},
 		{with(`,"routes":{"GET /{$}":["tool"]}`), "segments of plain text or {name}"},

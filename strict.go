@@ -307,6 +307,11 @@ func compileSettings(set *settings, plugins []ruleSet) (*policy, error) {
 // disabled says whether a plugin is off.
 func (s *settings) disabled(plugin string) bool { return slices.Contains(s.PluginsDisabled, plugin) }
 
+// enabled says whether the next start loads a plugin.
+func (s *settings) enabled(plugin string) bool {
+	return !s.disabled(plugin) && (s.PluginsMode != "explicit" || slices.Contains(s.PluginsEnabled, plugin))
+}
+
 // ipAllowed decides a peer's address: unmapped, zone dropped, deny first, an empty allow admits none.
 func (s *settings) ipAllowed(peer netip.Addr) bool {
 	peer = peer.Unmap().WithZone("")
@@ -360,9 +365,6 @@ func readSettingNodes(file, defaults string, data []byte) (*settingsReader, erro
 	r.walk("", root, known)
 	return r, r.err
 }
-
-// inFile says whether the file has the setting, for none stands at its very start.
-func (r *settingsReader) inFile(key string) bool { return r.nodes[key].start > 0 }
 
 // walk takes over the members of n, and refuses those that the defaults do not know or that are of another type there.
 func (r *settingsReader) walk(prefix string, n, known *node) {
