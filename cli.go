@@ -167,13 +167,15 @@ func (t *terminal) call(c cliCommand, args []string) (err error) {
 	case err != nil:
 		return usageError(err.Error())
 	case len(t.args) < c.least:
-		return usageError("something is missing")
+		return usageError(pick(c.run == nil, "a command is missing", "an argument is missing"))
 	case c.run == nil:
 		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+t.args[0])))
 	case c.most >= 0 && len(t.args) > c.most:
 		return usageError(fmt.Sprintf("unexpected argument %q", t.args[c.most]))
 	case c.traits&needsName != 0 && t.flags["name"] == "":
 		return usageError("--name is missing")
+	case c.name == "plugin create" && t.flags["command"] == "":
+		return usageError("--command is missing")
 	case c.traits&needsNothing != 0:
 		return c.run(t)
 	}
@@ -334,7 +336,7 @@ func cliSetup(t *terminal) error {
 }
 
 func cliKeyRotate(t *terminal) error {
-	if _, err := rotateKey(t.paths); err != nil {
+	if err := rotateKey(t.paths); err != nil {
 		return err
 	}
 	t.say("a new key is in %q; aexec share prints it; the old key holds until: aexec restart", t.env)
@@ -346,13 +348,18 @@ func cliKeyRotate(t *terminal) error {
 }
 
 func problemText(p pluginProblem) string {
-	return fmt.Sprintf("%s in plugin %q: %s", pick(p.Warning, "warning", "error"), p.Plugin, p.Message)
+	where := pick(p.Plugin == "", "the plugins", fmt.Sprintf("plugin %q", p.Plugin))
+	return fmt.Sprintf("%s in %s: %s", pick(p.Warning, "warning", "error"), where, p.Message)
 }
 
 func cliConfig(t *terminal) error {
 	files, settings := configFiles(t.paths), []settingInfo{}
+	if s := t.start; t.startErr == nil {
+		settings = []settingInfo{{"API_KEY", s.key.id(), false}, {"HOST", s.host, false}, {"PORT", s.port, false},
+			{"AGENT_EXEC_ENABLED", s.enabled, false}, {"AGENT_EXEC_ALLOW_QUERY_API_KEY", s.allowQueryKey, false}}
+	}
 	if t.settings != nil {
-		settings = t.settings.table()
+		settings = append(settings, t.settings.table()...)
 	}
 	lines := each(files, func(f fileInfo) string {
 		return fmt.Sprintf("%q\t%s", f.Path, f.State)
@@ -375,6 +382,8 @@ func cliShare(t *terminal) error {
 		return t.tryHosts(hosts, port)
 	}
 	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
+	old := t.running && slices.Contains(changedOnDisk(t.paths, t.server.Restart), "API_KEY")
+	t.warnIf(old, "the server wants the old key until: aexec restart")
 	t.warn()
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")
@@ -548,11 +557,13 @@ func cliPluginMake(t *terminal) error {
 		if made.Settings != "" {
 			review := pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made.Settings))
 			t.say("created the plugin %q in %q; once its rules are reviewed: aexec restart%s", made.Name, t.paths.plugins, review)
+			t.warnIf(!t.settings.enabled(made.Name), "plugin %q is not enabled: aexec plugin enable --name %s", made.Name, made.Name)
 		}
 	}
 	probe, names := toolProbe(context.Background(), r, t.snap), t.args
 	if t.command == "plugin create" {
-		progress(createPlugin(t.paths, pluginOrder{Name: t.flags["name"], Command: t.flags["command"], Type: cmp.Or(t.flags["type"], "skill"), Force: t.on("force")}, probe))
+		kind := cmp.Or(t.flags["type"], "skill")
+		progress(createPlugin(t.paths, pluginOrder{Name: t.flags["name"], Command: t.flags["command"], Type: kind, Force: t.on("force")}, probe))
 		return err
 	}
 	if len(names) == 0 {

@@ -210,9 +210,9 @@ func TestCLIUsageErrors(t *testing.T) {
 	for _, c := range []struct {
 		line, usage, says string
 	}{
-		{"", "aexec COMMAND", "something is missing"},
+		{"", "aexec COMMAND", "a command is missing"},
 		{"nonsense", "aexec COMMAND", `unknown command "nonsense"`},
-		{"acl", "aexec acl COMMAND", "something is missing"},
+		{"acl", "aexec acl COMMAND", "a command is missing"},
 		{"acl nonsense", "aexec acl COMMAND", `unknown command "acl nonsense"`},
 		{"plugin nonsense --name x", "aexec plugin COMMAND", `unknown command "plugin nonsense"`},
 		{"help nonsense", "aexec COMMAND", `unknown command "nonsense"`},
@@ -226,14 +226,15 @@ func TestCLIUsageErrors(t *testing.T) {
 		{"restart --port -1", "aexec restart", `"-1" for flag -port`},
 		{"stop --port 3333", "aexec stop", "--force"},
 		{"share --ip http://x", "aexec share", `"http://x"`},
-		{"acl check", "aexec acl check", "something is missing"},
-		{"acl check --", "aexec acl check", "something is missing"},
-		{"acl add", "aexec acl add", "something is missing"},
+		{"acl check", "aexec acl check", "an argument is missing"},
+		{"acl check --", "aexec acl check", "an argument is missing"},
+		{"acl add", "aexec acl add", "an argument is missing"},
 		{"acl add a b", "aexec acl add", `unexpected argument "b"`},
 		{`acl add ["git",1]`, "aexec acl add", "not a JSON array of strings"},
 		{"audit -n x", "aexec audit", `"x" for flag -n`},
 		{"audit verify a b", "aexec audit verify", `unexpected argument "b"`},
 		{"plugin create --command git", "aexec plugin create", "--name is missing"},
+		{"plugin create --name git", "aexec plugin create", "--command is missing"},
 		{"plugin enable", "aexec plugin enable", "--name is missing"},
 		{"plugin remove", "aexec plugin remove", "--name is missing"},
 	} {
@@ -495,6 +496,12 @@ func TestCLIPolicy(t *testing.T) {
 func TestCLITellsWhatIsWrong(t *testing.T) {
 	p := cliHome(t)
 	cliWrite(t, p.settings, "{\n  \"exec\": {\"allow\": [\"x\"]},\n  \"timeoutMS\": 1\n}\n")
+	for _, row := range []string{"API_KEY", "HOST", "PORT", "AGENT_EXEC_ENABLED", "AGENT_EXEC_ALLOW_QUERY_API_KEY"} {
+		q := new(cliPlay).run("config")
+		if !regexp.MustCompile("(?m)^"+row+" .* needs a restart$").MatchString(q.out.String()) || strings.Contains(q.out.String(), cliKey(t, p)) {
+			t.Errorf("config of %s:\n%s", row, &q.out)
+		}
+	}
 	new(cliPlay).run("status").want(t, 3, "settings.json:3:3", "")
 	new(cliPlay).run("config").want(t, 1, p.settings, "settings.json:3:3")
 	new(cliPlay).run("acl", "list").want(t, 1, "", "settings.json:3:3")
@@ -515,6 +522,12 @@ func TestCLITellsWhatIsWrong(t *testing.T) {
 	new(cliPlay).run("stop").want(t, 1, "", "not running")
 	new(cliPlay).run("stop", "--force", "--port", "1").want(t, 1, "", "listens on port 1\n")
 	new(cliPlay).run("audit").want(t, 1, "SEQ", "no such file")
+	for _, line := range []string{"plugin list", "acl add x", "key rotate"} {
+		new(cliPlay).run(strings.Fields(line)...).want(t, 1, "", "aexec setup")
+	}
+	if got := problemText(pluginProblem{Message: "has mode 0777"}); got != "error in the plugins: has mode 0777" {
+		t.Errorf("a problem of no single plugin: %q", got)
+	}
 }
 
 func TestCLIJSONIsJSON(t *testing.T) {
@@ -630,6 +643,11 @@ func TestCLIWalk(t *testing.T) {
 	want(do(0, "key", "rotate"), "the old key holds until: aexec restart")
 	newKey := cliKey(t, p)
 	want(do(0, "status"), "API_KEY")
+	want(do(0, "share"), "the server wants the old key until: aexec restart")
+	cliWrite(t, p.env, strings.Replace(cliRead(t, p.env), "ENABLED=true", "ENABLED=false", 1))
+	want(do(0, "status", "--json"), `"enabled": true`) // as the server has it
+	want(do(0, "config"), "AGENT_EXEC_ENABLED")
+	cliWrite(t, p.env, strings.Replace(cliRead(t, p.env), "ENABLED=false", "ENABLED=true", 1))
 	run(newKey, 401, `{"args":["aexec","--version"]}`, "unauthorized")
 	restarted := do(0, "restart", "--port", "0")
 	if now := cliAddress(t, restarted); now != address {
@@ -699,6 +717,9 @@ func TestCLIPlugins(t *testing.T) {
 	new(cliPlay).run("plugin", "disable", "--name", "claude").want(t, 0, `plugin "claude": disabled`, "")
 	new(cliPlay).run("plugin", "list").want(t, 0, `"claude"  skill  disabled`, "")
 	new(cliPlay).run("acl", "check", "claude", "--version").want(t, 1, "refused", "")
+	if _, errs := cliReal(t, 0, "starterkit", "claude", "--force", "--quiet"); !strings.Contains(errs, `"claude" is not enabled: aexec plugin enable`) {
+		t.Errorf("a disabled plugin was made without a word: %s", errs)
+	}
 	new(cliPlay).run("plugin", "enable", "--name", "claude").want(t, 0, `plugin "claude": enabled`, "")
 	new(cliPlay).run("acl", "check", "claude", "--version").want(t, 0, `of plugin:claude`, "")
 	new(cliPlay).run("plugin", "doctor").want(t, 0, "found", "")

@@ -56,7 +56,7 @@ type keySecret struct {
 
 func newAPIKey(text string) (*apiKey, error) {
 	if len(text) < minKeyChars || len(text) > maxKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return nil, fmt.Errorf("the API_KEY needs %d to %d characters of printable ASCII, without spaces: run aexec key rotate", minKeyChars, maxKeyChars)
+		return nil, fmt.Errorf("the API_KEY needs %d to %d printable ASCII characters, no spaces: run aexec key rotate", minKeyChars, maxKeyChars)
 	}
 	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
 }
@@ -186,20 +186,17 @@ func newKeyText() string {
 }
 
 // rotateKey puts a new key into .env and keeps the rest; a crash leaves the old or the new.
-func rotateKey(p paths) (*apiKey, error) {
+func rotateKey(p paths) error {
 	data, err := readTrusted(p.env, true)
 	if err != nil {
-		return nil, err
+		return orSetup(err)
 	}
 	line := "API_KEY=" + newKeyText()
 	text := keyLine.ReplaceAllString(string(data), "${1}"+line)
 	if !keyLine.Match(data) {
 		text = line + "\n" + text
 	}
-	if err := rewriteFile(p.env, []byte(text), 0o600); err != nil {
-		return nil, err
-	}
-	return newAPIKey(strings.TrimPrefix(line, "API_KEY="))
+	return rewriteFile(p.env, []byte(text), 0o600)
 }
 
 // createConfig makes what is missing of the directory, keeps what is there, and says which is which.
@@ -319,13 +316,19 @@ func checkTrustedFile(f *os.File, private bool) error { return checkTrusted(f, 0
 
 func checkTrustedDir(path string) error {
 	f, err := openTrusted(path, syscall.O_DIRECTORY)
-	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("%w: run aexec setup", err)
-	} else if err != nil {
-		return err
+	if err != nil {
+		return orSetup(err)
 	}
 	defer f.Close()
 	return checkTrusted(f, fs.ModeDir, false)
+}
+
+// orSetup says what makes a file that is not there.
+func orSetup(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("%w: run aexec setup", err)
+	}
+	return err
 }
 
 // readTrusted reads a regular file under 1 MiB under strict modes, checked on the opened descriptor.
@@ -408,7 +411,7 @@ func configFiles(p paths) (files []fileInfo) {
 func loadSettings(p paths) (*settings, error) {
 	data, err := readTrusted(p.settings, false)
 	if err != nil {
-		return nil, err
+		return nil, orSetup(err)
 	}
 	return parseSettings(p, data)
 }

@@ -33,6 +33,7 @@ type serverInfo struct {
 	Address string            `json:"address"`
 	Version string            `json:"version"`
 	Started time.Time         `json:"started"`
+	Enabled bool              `json:"enabled"`
 	Restart map[string]string `json:"restart"`         // restartState when it started, to see what has changed on disk since
 	Error   string            `json:"error,omitempty"` // why it did not start; never in the pid file
 }
@@ -210,6 +211,7 @@ func (t *terminal) started(info serverInfo) error {
 	moved := t.running && t.server.Address != info.Address
 	t.warnIf(moved, "the address changes from http://%s to http://%s", t.server.Address, info.Address)
 	t.server, t.running = info, true
+	t.warnIf(!info.Enabled, "AGENT_EXEC_ENABLED is not true: everything but /ping is answered 503")
 	t.warn()
 	return t.show(false, 0, info, fmt.Sprintf("started: http://%s, pid %d", info.Address, info.Pid))
 }
@@ -272,7 +274,7 @@ func cliStatus(t *terminal) error {
 		return nil
 	})
 	if info := t.server; t.running {
-		status["pid"], status["address"], status["version"] = info.Pid, info.Address, info.Version
+		status["pid"], status["address"], status["version"], status["enabled"] = info.Pid, info.Address, info.Version, info.Enabled
 		status["uptime"] = time.Since(info.Started).Round(time.Second).String()
 		status["needsRestart"] = append([]string{}, changedOnDisk(t.paths, info.Restart)...)
 	}

@@ -513,6 +513,10 @@ func TestStartWarnings(t *testing.T) {
 			}
 		}
 	}
+	var said bytes.Buffer
+	if err := (&terminal{out: &said, err: &said}).started(serverInfo{}); err != nil || !strings.Contains(said.String(), "AGENT_EXEC_ENABLED is not true") {
+		t.Errorf("a server that is switched off was started without a word: %v, %s", err, &said)
+	}
 }
 
 // ---- the real program

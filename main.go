@@ -137,7 +137,8 @@ func (t *terminal) serve() error {
 	if err := s.prepare(l.Addr().String()); err != nil {
 		return err
 	}
-	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().UTC().Truncate(time.Second)}
+	now := time.Now().UTC().Truncate(time.Second)
+	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: now, Enabled: t.start.enabled}
 	if info.Restart, err = restartState(t.paths); err != nil {
 		return err
 	}

@@ -109,7 +109,7 @@ type server struct {
 func listen(host string, port int) (net.Listener, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 	if err != nil {
-		return nil, fmt.Errorf("%w: choose another --host or --port, or `aexec stop --force --port %d` names who has it and kills it", err, port)
+		return nil, fmt.Errorf("%w: choose another --host or --port; if it is in use, aexec stop --force --port %d kills who has it", err, port)
 	}
 	return l, nil
 }
