@@ -382,8 +382,7 @@ func cliShare(t *terminal) error {
 		return t.tryHosts(hosts, port)
 	}
 	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
-	old := t.running && slices.Contains(changedOnDisk(t.paths, t.server.Restart), "API_KEY")
-	t.warnIf(old, "the server wants the old key until: aexec restart")
+	t.warnIf(slices.Contains(changedOnDisk(t.paths, t.server.Restart), "API_KEY"), "the server wants the old key until: aexec restart")
 	t.warn()
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")

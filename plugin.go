@@ -409,12 +409,7 @@ func createPlugin(p paths, o pluginOrder, probe func(argv []string) outcome) (pl
 	dir, planned := filepath.Join(p.plugins, o.Name), map[string]any{
 		"plugin": map[string]string{"type": o.Type, "command": o.Command}, "exec": map[string][]string{"allow": {o.Command}}}
 	_, err := parsePlugin(o.Name, "plugin create", marshal(planned))
-	if err == nil {
-		err = checkPluginName(o.Name)
-	}
-	if err == nil {
-		err = checkTrustedDir(p.plugins)
-	}
+	err = cmp.Or(err, checkPluginName(o.Name), checkTrustedDir(p.plugins))
 	if _, missing := os.Lstat(dir); err == nil && missing == nil && !o.Force {
 		err = errors.New("the plugin exists already: use --force to replace its directory")
 	}
