@@ -33,10 +33,12 @@ func parseExecBody(data []byte) (args []string, e *apiError) {
 			unexpected.Fields = append(unexpected.Fields, key)
 		}
 	}
-	if unexpected.Fields != nil {
+	switch err := checkArgv(args); {
+	case unexpected.Fields != nil:
 		return nil, unexpected
-	}
-	if err := checkArgv(args); err != nil {
+	case args == nil:
+		return nil, newError("invalid_args")
+	case err != nil:
 		return nil, newError("invalid_args").because("args cannot be run: %v.", err)
 	}
 	return args, nil

@@ -384,7 +384,7 @@ func (s *server) announce(snap *snapshot, err error) {
 	} else if err := s.audit.reconfigure(cmp.Or(snap.AuditFile, s.auditFile), snap.AuditEnabled); err != nil {
 		s.log.Printf("cannot follow the audit settings: %v", err)
 	}
-	s.log.Print(record.Event, " ", record.Reason)
+	s.log.Print(strings.TrimSpace(record.Event + " " + record.Reason))
 	s.note(record)
 }
 
@@ -481,7 +481,9 @@ func (c *call) readArgs() ([]string, *apiError) {
 	data, err := io.ReadAll(io.LimitReader(c.r.Body, c.s.maxBody+1))
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return nil, newError("timeout").because("The body did not arrive within %v, so nothing ran.", c.s.patience)
+		e := newError("timeout").because("The body did not arrive within %v, so nothing ran.", c.s.patience)
+		e.Hint = "Send it again, whole and at once."
+		return nil, e
 	case err != nil:
 		return nil, newError("invalid_request")
 	case int64(len(data)) > c.s.maxBody:
