@@ -373,7 +373,7 @@ func verifyAudit(file, known string) (rep auditReport, err error) {
 	case torn:
 		return broken("it is not a record, and no later one covers it")
 	case !found:
-		return broken("the log holds records %d to %d, and the known head %q is not among them", rep.Begins, rep.Head.Seq, known)
+		return rep, fmt.Errorf("%q holds records %d to %d, and the head %q is not among them", file, rep.Begins, rep.Head.Seq, known)
 	}
 	return rep, nil
 }

@@ -116,7 +116,8 @@ func newRunner(id string) (*runner, error) {
 	if err != nil {
 		return nil, err
 	}
-	r := &runner{null: null, next: first, live: map[runTag]int{}, strays: map[int]bool{}, spawners: map[bool]chan func(){}, direct: map[string]direct{}}
+	r := &runner{null: null, next: first, live: map[runTag]int{}, strays: map[int]bool{},
+		spawners: map[bool]chan func(){}, direct: map[string]direct{}}
 	r.stopping, r.shutdown = context.WithCancel(context.Background())
 	r.lists = []*os.File{childList(os.Getpid())}
 	for _, pid := range r.children() {
@@ -249,7 +250,8 @@ func (x *run) fork(path string, launcher bool) {
 		files := []*os.File{cmp.Or(x.childSide[0], x.null), x.childSide[1], x.childSide[2]}
 		x.pid, report, x.err = startCommand(&x.command, path, launcher, files)
 		if !guard.Stop() && x.err == nil {
-			x.err = &startError{126, fmt.Errorf("the system took longer than %v to start it: its file is held by a lease or lies on a file system that does not answer", startPatience)}
+			x.err = &startError{126, fmt.Errorf("the system took longer than %v to start it: a lease holds its file, a file system does not answer, "+
+				"or the machine is overloaded", startPatience)}
 		}
 	}
 	x.mu.Lock()

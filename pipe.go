@@ -1,5 +1,5 @@
 // This file is the pipes of one run: input in, output captured or handed on, within the limit, to the end.
-// It may read what a command wrote and write what it is to read; it is apart from exec.go, as what moves bytes and what ends processes change for different reasons.
+// It may read what a command wrote and write what it is to read; it is apart from exec.go, as that ends processes and this moves bytes.
 // It must not start, signal or wait for a process.
 package main
 

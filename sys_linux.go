@@ -57,7 +57,8 @@ func prepareProcess(id string) (runTag, error) {
 	if own>>56 == tagMagic>>56 { // an earlier runner of this process
 		return own - 1, nil
 	} else if own != untagged {
-		return 0, errors.New("the limit RLIMIT_RSS is already lowered, and aexec marks its commands with it: start it with ulimit -H -m unlimited (systemd: LimitRSS=infinity)")
+		return 0, errors.New("the limit RLIMIT_RSS is already lowered, and aexec marks its commands with it: " +
+			"start it with ulimit -H -m unlimited (systemd: LimitRSS=infinity)")
 	}
 	dir := runTag(crc32.ChecksumIEEE([]byte(id))) & (1<<tagDirBits - 1)
 	return tagMagic | dir<<tagRunBits | (1<<tagRunBits - 1), nil
