@@ -106,8 +106,8 @@ type runner struct {
 // newRunner prepares this process for running commands: subreaper, no core dumps, the first tag.
 // id separates the runs of one configuration directory from those of another.
 func newRunner(id string) (*runner, error) {
-	// A start holds one of Go's processors until the kernel has done the exec: never let that be the only one.
-	runtime.GOMAXPROCS(max(2, runtime.GOMAXPROCS(0)))
+	// A start holds one of Go's processors until the kernel has done the exec: one more, for all else to go on meanwhile.
+	runtime.GOMAXPROCS(1 + runtime.GOMAXPROCS(0))
 	null, err := os.Open(os.DevNull)
 	if err != nil {
 		return nil, err
