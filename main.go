@@ -125,7 +125,7 @@ func (t *terminal) serve() error {
 		return err
 	}
 	defer audit.close() // before the pid file: who can lock that can lock both
-	s := &server{start: t.start, store: t.store, audit: audit, plugins: t.plugins, auditFile: t.audit}
+	s := &server{start: t.start, store: t.store, audit: audit, plugins: t.plugins}
 	s.log = log.New(t.err, "", log.LstdFlags)
 	l, err := listen(t.start.host, t.start.port)
 	if err != nil {

@@ -1076,7 +1076,7 @@ func pluginServe(t *testing.T, p paths, settings string) *pluginServer {
 	audit, err := openAudit(set.AuditFile, set.AuditEnabled, key)
 	pluginMust(t, err)
 	srv := &server{start: startup{key: key, host: "127.0.0.1", enabled: true}, store: store, audit: audit, runner: theRunner(t), plugins: plugins,
-		log: log.New(s.log, "", 0), auditFile: p.audit}
+		log: log.New(s.log, "", 0)}
 	l, err := listen("127.0.0.1", 0)
 	pluginMust(t, err)
 	pluginMust(t, srv.prepare(l.Addr().String()))

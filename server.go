@@ -90,7 +90,6 @@ type server struct {
 	runner          *runner
 	plugins         []*plugin // loaded and valid; snapshot.disabled says which are off now
 	log             *log.Logger
-	auditFile       string        // where the settings name none
 	stall, patience time.Duration // writeTimeout, requestTimeout, but less in tests
 
 	// What prepare makes:
@@ -381,7 +380,7 @@ func (s *server) announce(snap *snapshot, err error) {
 	record := auditRecord{Event: "settings_reloaded"}
 	if err != nil {
 		record = auditRecord{Event: "settings_invalid", Reason: err.Error()}
-	} else if err := s.audit.reconfigure(cmp.Or(snap.AuditFile, s.auditFile), snap.AuditEnabled); err != nil {
+	} else if err := s.audit.reconfigure(snap.AuditFile, snap.AuditEnabled); err != nil {
 		s.log.Printf("cannot follow the audit settings: %v", err)
 	}
 	s.log.Print(strings.TrimSpace(record.Event + " " + record.Reason))

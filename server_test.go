@@ -107,7 +107,7 @@ func startServer(t testing.TB, settings string, files map[string]string, change 
 	}
 	ts := &testServer{t: t, paths: p, log: &lockedBuffer{}}
 	ts.server = &server{start: startup{key: key, enabled: true}, store: st, audit: audit, runner: theRunner(t), plugins: plugins,
-		log: log.New(ts.log, "", 0), auditFile: p.audit}
+		log: log.New(ts.log, "", 0)}
 	if change != nil {
 		change(ts.server)
 	}
