@@ -1,6 +1,6 @@
-// This file is what a client is told: errors, facts, documents. The answer of a command is job.go's.
-// It may choose the words and the form of an answer, and write it through the call that asked.
-// It must not open a file, decide, run or record anything.
+// This file is what a request gets: errors, facts, documents; and a command, decided, recorded, run in its slot with the hooks around it.
+// It may ask acl.go, audit.go, plugin.go and exec.go, in that order, and answer through the call that asked.
+// It must not approve or start anything, or open a file, and knows no socket: who may ask is settled in server.go.
 package main
 
 import (
@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"html"
+	"io"
 	"maps"
 	"mime"
 	"os"
@@ -20,9 +21,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
+	"unicode/utf8"
 )
 
-//go:embed skills/*/SKILL.md skills/_root.md skills/_errors.txt skills/_plugin.md
+//go:embed skills/*/SKILL.md skills/_root.md skills/_page.html skills/_errors.txt skills/_plugin.md
 var skillFiles embed.FS
 
 // apiError is the one shape of every error.
@@ -40,8 +43,7 @@ type apiError struct {
 // errorTexts is every error of ours by its code: status and wait, what happened, what to do next.
 var errorTexts = func() map[string]apiError {
 	texts := map[string]apiError{}
-	file, _ := skillFiles.ReadFile("skills/_errors.txt") // embedded, so there is no error
-	for entry := range strings.SplitSeq(string(file), "\n\n") {
+	for entry := range strings.SplitSeq(skillText("_errors.txt"), "\n\n") {
 		var e apiError
 		lines := strings.Split(entry, "\n")
 		fmt.Sscan(lines[0], &e.Code, &e.status, &e.wait) // where no number follows, wait stays 0
@@ -50,6 +52,12 @@ var errorTexts = func() map[string]apiError {
 	}
 	return texts
 }()
+
+// skillText is one of the texts that are built in, so there is no error.
+func skillText(name string) string {
+	text, _ := skillFiles.ReadFile("skills/" + name)
+	return string(text)
+}
 
 func newError(code string) *apiError {
 	e := errorTexts[code]
@@ -121,26 +129,25 @@ func (c *call) pluginList() *apiError {
 
 // document is one of the texts that agents read.
 type document struct {
-	plugin            string // whose it is; "": embedded
+	plugin            string // whose it is; "": built in
 	name, description string
-	markdown          []byte
+	markdown          string
 }
 
-// readDocuments gives every document by its path. No plugin's hides an embedded one.
+// readDocuments gives every document by its path. No plugin's hides one that is built in.
 func readDocuments(plugins []*plugin) map[string]document {
 	all := map[string]document{}
 	for _, p := range plugins {
 		for file, text := range p.docs {
-			place := "/private/skills/" + p.Name + "/" + file
-			if file == "public/SKILL.md" {
-				place = "/skills/" + p.Name + "/SKILL.md"
-			}
-			all[place] = document{p.Name, p.Name, p.Description, text}
+			all["/private/skills/"+p.Name+"/"+file] = document{p.Name, p.Name, p.Description, string(text)}
+		}
+		if text := p.docs["public/SKILL.md"]; text != nil {
+			all["/skills/"+p.Name+"/SKILL.md"] = document{p.Name, p.Name, p.Description, string(text)}
 		}
 	}
 	for _, name := range []string{"acl", "aexec", "exec", "install", "plugins", "private"} {
-		text, _ := skillFiles.ReadFile("skills/" + name + "/SKILL.md")
-		_, description, _ := frontmatter(text) // embedded and tested, so there is no error
+		text := skillText(name + "/SKILL.md")
+		_, description, _ := frontmatter([]byte(text)) // tested, so there is no error
 		all["/skills/"+name+"/SKILL.md"] = document{"", name, description, text}
 	}
 	all["/SKILL.md"] = all["/skills/aexec/SKILL.md"]
@@ -150,6 +157,10 @@ func readDocuments(plugins []*plugin) map[string]document {
 var (
 	frontmatterForm  = regexp.MustCompile(`(?s)^---\r?\n(.*?\n)---\r?\n`)
 	frontmatterField = regexp.MustCompile(`(?m)^(name|description):[ \t]*["']?([^|>\s].*?)["']?\s*$`) // | and > begin a block
+
+	plainHost = regexp.MustCompile(`^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?$`)
+	// safeLink is a link in escaped text: http(s), or relative: no colon, so no other scheme, no // and no backslash, so no other host.
+	safeLink = regexp.MustCompile(`\[([^][]+)\]\((https?://(?:[\w.~:/#?=%+-]|&amp;)+|/?[\w.#-](?:[\w.~/#?=%+-]|&amp;)*)\)`)
 )
 
 // frontmatter reads the name and one-line description at the head of a SKILL.md (Agent Skills).
@@ -164,16 +175,13 @@ func frontmatter(doc []byte) (name, description string, err error) {
 	return found["name"], found["description"], err
 }
 
-var plainHost = regexp.MustCompile(`^([A-Za-z0-9.-]{1,253}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?$`)
-
 // rootGuide names this server as the client did, if that was a plain name, else by where it listens.
 func (c *call) rootGuide() *apiError {
 	host := c.r.Host
 	if !plainHost.MatchString(host) || c.s.redact(host) != host {
 		host = c.s.address
 	}
-	root, _ := skillFiles.ReadFile("skills/_root.md") // embedded, so there is no error
-	return c.document([]byte(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(string(root))))
+	return c.document(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(skillText("_root.md")))
 }
 
 func (c *call) skill() *apiError {
@@ -185,39 +193,42 @@ func (c *call) skill() *apiError {
 }
 
 func (c *call) skillIndex() *apiError {
-	text, list := []byte("# Skills of this machine\n\n"), []map[string]string{}
+	text, list := "# Skills of this machine\n\n", []map[string]string{}
 	for _, link := range slices.Sorted(maps.Keys(c.s.documents)) {
 		d := c.s.documents[link]
 		if strings.HasPrefix(link, "/skills/") && !c.snap.disabled(d.plugin) {
 			list = append(list, map[string]string{"name": d.name, "description": d.description, "link": link})
-			text = fmt.Appendf(text, "- [%s](%s): %s\n", d.name, link, d.description)
+			text += fmt.Sprintf("- [%s](%s): %s\n", d.name, link, d.description)
 		}
 	}
-	if prefers(c.r.Header["Accept"], "text/markdown", "text/html", "application/json") == "application/json" {
-		c.Header().Set("Vary", "Accept")
+	if c.prefers("text/markdown", "text/html", "application/json") == "application/json" {
 		return c.json(200, map[string]any{"skills": list})
 	}
 	return c.document(text)
 }
 
-// document answers with markdown, or with a page for those who would rather have HTML.
-func (c *call) document(body []byte) *apiError {
-	kind := prefers(c.r.Header["Accept"], "text/markdown", "text/html")
+// document answers with markdown, or with a page on which a person can read it: all of it escaped, its safe links marked up.
+func (c *call) document(text string) *apiError {
+	kind := c.prefers("text/markdown", "text/html")
 	if kind == "text/html" {
-		body = renderHTML(body)
+		text = renderHTML(text)
 	}
-	h := c.Header()
-	h.Set("Content-Type", kind+"; charset=utf-8")
-	h.Set("Vary", "Accept")
-	h.Set("Content-Length", strconv.Itoa(len(body)))
-	c.Write(body)
+	c.Header().Set("Content-Type", kind+"; charset=utf-8")
+	c.Header().Set("Content-Length", strconv.Itoa(len(text)))
+	c.Write([]byte(text))
 	return nil
 }
 
-// prefers picks what an Accept header likes best (RFC 9110, 12.5.1), the first among equals. A range such as text/* means that.
-func prefers(accept []string, offers ...string) string {
+func renderHTML(text string) string {
+	marked := safeLink.ReplaceAllString(html.EscapeString(text), `<a href="$2">$1</a>`)
+	return strings.Replace(skillText("_page.html"), "{{TEXT}}", marked, 1)
+}
+
+// prefers picks what the Accept header likes best (RFC 9110, 12.5.1), the first among equals. A range such as text/* means that.
+func (c *call) prefers(offers ...string) string {
+	c.Header().Set("Vary", "Accept")
 	best, most := offers[0], 0.0
-	for part := range strings.SplitSeq(strings.Join(accept, ","), ",") {
+	for part := range strings.SplitSeq(strings.Join(c.r.Header["Accept"], ","), ",") {
 		kind, params, _ := mime.ParseMediaType(part)
 		if strings.HasSuffix(kind, "/*") {
 			kind = offers[0]
@@ -230,17 +241,370 @@ func prefers(accept []string, offers ...string) string {
 	return best
 }
 
-const (
-	pageHead = `<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>aexec</title>
-<style>pre{max-width:50em;margin:2em auto;padding:0 1em;font:15px/1.5 monospace;white-space:pre-wrap;overflow-wrap:anywhere}</style>
-<pre>`
-	pageEnd = "</pre>\n"
-)
+// parseExecBody reads {"args":[…]} and nothing else.
+func parseExecBody(data []byte) (args []string, e *apiError) {
+	body, err := parseStrict(data)
+	if err != nil {
+		return nil, newError("invalid_json").because("The body is not valid JSON, at line:column %v.", err)
+	} else if body.kind != '{' {
+		return nil, newError("invalid_json")
+	}
+	unexpected := newError("unexpected_field")
+	for i, key := range body.keys {
+		if key == "args" {
+			args = nodeStrings(body.items[i])
+		} else {
+			unexpected.Fields = append(unexpected.Fields, key)
+		}
+	}
+	if err = checkArgv(args); unexpected.Fields != nil {
+		return nil, unexpected
+	} else if args == nil {
+		return nil, newError("invalid_args")
+	} else if err != nil {
+		return nil, newError("invalid_args").because("args cannot be run: %v.", err)
+	}
+	return args, nil
+}
 
-// safeLink is a link in escaped text: http(s), or relative: no colon, so no other scheme, no // and no backslash, so no other host.
-var safeLink = regexp.MustCompile(`\[([^][]+)\]\((https?://(?:[\w.~:/#?=%+-]|&amp;)+|/?[\w.#-](?:[\w.~/#?=%+-]|&amp;)*)\)`)
+func (c *call) aclCheck() *apiError {
+	args, e := c.readArgs()
+	if e != nil {
+		return e
+	}
+	_, d := c.snap.policy.decide(args)
+	return c.json(200, d)
+}
 
-// renderHTML shows markdown as it is written, on a page that a person can read: all of it escaped, its safe links marked up.
-func renderHTML(doc []byte) []byte {
-	return []byte(pageHead + safeLink.ReplaceAllString(html.EscapeString(string(doc)), `<a href="$2">$1</a>`) + pageEnd)
+// job is one command that was decided, on its way through its slot; a hook is one, too.
+type job struct {
+	*call
+	args, sent   []string // what will run, and what the request asked for
+	what         approved
+	decided      decision
+	plugin       *plugin   // whose hooks stand around it; nameless: none
+	stream, text bool      // mode, format
+	cut          [2][]byte // of a stream: what a piece of standard output or error ended with, half a character
+	out          outcome
+}
+
+func (c *call) exec() (e *apiError) {
+	j := &job{call: c, plugin: &plugin{}, stream: c.query.Get("mode") == "stream", text: c.query.Get("format") == "text"}
+	if j.stream && j.text && !c.r.ProtoAtLeast(1, 1) {
+		return newError("http_version_not_supported")
+	}
+	if j.args, e = c.readArgs(); e != nil {
+		return e
+	}
+	for _, p := range c.s.plugins {
+		if p.before+p.after != "" && p.sees(j.args) && !c.snap.disabled(p.Name) {
+			j.plugin = p
+		}
+	}
+	if j.stream && j.plugin.Name != "" {
+		return newError("stream_plugin_command_not_supported")
+	}
+	j.what, j.decided = c.snap.policy.decide(j.args)
+	return j.run()
+}
+
+// pluginRoute runs what a plugin's own route leads to.
+func (c *call) pluginRoute(p *plugin, template []string) *apiError {
+	if c.snap.disabled(p.Name) {
+		return newError("not_found")
+	}
+	if c.r.ContentLength != 0 {
+		return newError("unexpected_field").because("This route takes no body.")
+	}
+	argv, err := routeArgv(template, c.r.PathValue)
+	if err != nil {
+		return newError("invalid_args").because("The path cannot be made a command: %v.", err)
+	}
+	j := &job{call: c, args: argv, plugin: p}
+	j.what, j.decided = p.approve(c.snap.policy, argv)
+	return j.run()
+}
+
+// run takes a slot for the command, and in it runs the plugin's before hook, a second decision on what that made of it, the
+// command, and the after hook. It answers when the slot is free again.
+func (j *job) run() *apiError {
+	j.s.commands.Add(1)
+	defer j.s.commands.Add(-1)
+	if j.sent = j.args; !j.decided.Allowed {
+		return j.denied()
+	}
+	release, ok := j.s.runner.acquire(j.snap.MaxConcurrentExec)
+	if !ok && j.s.runner.shuttingDown() {
+		return newError("shutting_down")
+	} else if !ok {
+		return newError("too_many_concurrent_exec")
+	}
+	defer release()
+	j.SetReadDeadline(time.Time{}) // the request is whole; from here a read only watches for a disconnect
+	changed, e := j.hook("before", j.plugin.before)
+	if e != nil {
+		return e
+	}
+	if changed.Args != nil {
+		j.args = changed.Args
+		if j.what, j.decided = j.plugin.approve(j.snap.policy, j.args); !j.decided.Allowed {
+			return j.denied()
+		}
+	}
+	if e := j.audited(nil); e != nil {
+		return e
+	}
+	if changed, e = j.hook("after", j.plugin.after); e != nil {
+		return e
+	}
+	release()
+	return j.answer(changed.Result)
+}
+
+// hook runs one hook of the job's plugin, if it has that, in the job's slot. What it is told is free of the key. What did not
+// run to its end has no after.
+func (j *job) hook(which, file string) (said hookOutput, e *apiError) {
+	if file == "" || which == "after" && j.out.end != endExit {
+		return said, nil
+	}
+	headers := maps.Clone(j.r.Header)
+	for _, name := range []string{"Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key"} {
+		if headers[name] != nil {
+			headers[name] = []string{redactedKey}
+		}
+	}
+	in := map[string]any{"args": j.args, "originalArgs": j.sent,
+		"request": map[string]any{"method": j.r.Method, "path": j.r.URL.Path, "query": j.query, "ip": j.peer.String(), "headers": headers}}
+	if which == "after" {
+		var result bytes.Buffer
+		j.writeOutcome(&result, j.ending())
+		in["result"] = json.RawMessage(result.Bytes())
+	}
+	said, err := j.plugin.runHook(which, in, func(what approved, stdin []byte) outcome {
+		h := &job{call: j.call, args: what.argv, sent: what.argv, what: what, plugin: j.plugin}
+		e = h.audited([]byte(j.s.redact(string(stdin))))
+		return h.out
+	})
+	switch {
+	case e != nil:
+	case err != nil && j.s.runner.shuttingDown():
+		e = newError("shutting_down")
+	case err != nil:
+		j.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", j.id, which, j.plugin.Name, err)
+		e = newError("plugin_" + which + "_error")
+	case said.Error != nil:
+		e = &apiError{status: said.Error.Status, Code: said.Error.Code, Message: said.Error.Message,
+			Hint: "The plugin " + j.plugin.Name + " answered so; read its document."}
+	}
+	return said, e
+}
+
+// audited runs the job between its two records; if the first cannot be written, nothing runs. stdin is what a hook is told;
+// nil: no hook.
+func (j *job) audited(stdin []byte) *apiError {
+	s := j.snap
+	cmd := command{what: j.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits,
+		noNewPrivs: s.Exec.NoNewPrivileges, timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
+	if stdin != nil {
+		cmd.cred, cmd.env, cmd.cwd = nil, s.hookEnv, j.plugin.dir // a hook runs as the server's user, in nobody else's world
+	}
+	rec := j.record("exec_start")
+	rec.Cwd = cmd.cwd
+	if j.s.note(rec) != nil {
+		return newError("audit_unavailable")
+	}
+	if j.stream {
+		cmd.sink, cmd.maxBytes = j, s.MaxStreamBytes
+		j.begin()
+	}
+	j.out = j.s.runner.run(j.r.Context(), cmd)
+	out, ms := &j.out, j.out.duration.Milliseconds()
+	rec.Event, rec.Reason, rec.Signal, rec.DurationMs = "exec_end", string(out.end), out.signal, &ms
+	rec.StdoutBytes, rec.StderrBytes = &out.stdoutBytes, &out.stderrBytes
+	if out.exited {
+		rec.ExitCode = &out.exitCode
+	}
+	if out.end == endInternal {
+		j.s.log.Printf("request %s: the command could not be run: %q", j.id, out.err)
+	}
+	j.s.note(rec)
+	return nil
+}
+
+// record begins a record of this request.
+func (c *call) record(event string) auditRecord {
+	return auditRecord{Event: event, RequestID: c.id, SourceIP: c.peer.String(), AuthSource: c.source, Endpoint: c.r.URL.Path}
+}
+
+// record begins a record of this request, which has the key, and its command.
+func (j *job) record(event string) auditRecord {
+	r := j.call.record(event)
+	r.APIKeyID, r.Mode, r.Argv, r.Cwd = j.s.start.key.id(), cmp.Or(j.query.Get("mode"), "buffered"), j.args, j.snap.cwd
+	r.Plugin, r.ACLDecision, r.Rule = j.plugin.Name, "allow", j.decided.Rule
+	if !slices.Equal(j.args, j.sent) {
+		r.OriginalArgv = j.sent
+	}
+	return r
+}
+
+func (j *job) denied() *apiError {
+	e := newError("command_not_allowed")
+	if j.decided.List == "deny" {
+		e = newError("command_denied")
+		e.Rule = j.decided.Rule
+	}
+	r := j.record("exec_denied")
+	r.ACLDecision, r.DenialReason = "deny", e.Code
+	j.s.note(r)
+	return e
+}
+
+// ending is what every answer of a command says after its output.
+type ending struct {
+	status    int    // of a buffered answer
+	ExitCode  *int   `json:"exitCode"`
+	Signal    string `json:"signal,omitempty"`
+	Status    string `json:"status"`
+	*apiError        // nil: it ended by itself
+	Duration  int64  `json:"duration"`
+	Length    *int64 `json:"length,omitempty"`
+}
+
+// ending says how the command ended. Most ends are called what their error is.
+func (j *job) ending() ending {
+	out, code := &j.out, string(j.out.end)
+	last := ending{status: 200, Status: "error", Duration: out.duration.Milliseconds(), Length: &out.stdoutBytes}
+	if out.exited && (out.end == endExit || out.end == endStart) {
+		last.ExitCode = &out.exitCode
+	}
+	switch {
+	case out.end == endExit:
+		if last.Signal = out.signal; out.exited && out.exitCode == 0 {
+			last.Status = "done"
+		}
+		return last
+	case out.end == endStart && out.exitCode == 126:
+		code = "command_not_executable"
+	case out.end == endStart:
+		code = "command_not_found"
+	case out.end == endOutput && j.stream:
+		code = "max_stream_output_exceeded"
+	case out.end == endOutput:
+		code = "max_output_exceeded"
+	}
+	last.apiError = newError(code)
+	last.status = last.apiError.status
+	if out.end == endStart {
+		last.because("%s", j.s.redact(out.err.Error()))
+	} else if code == "max_output_exceeded" {
+		last.MaxOutput = j.snap.MaxOutputBytes
+	}
+	return last
+}
+
+// answer tells how the command ended: with its output, or after it if that was streamed. result is what the after hook put in
+// its place.
+func (j *job) answer(result map[string]any) *apiError {
+	out, h, last := &j.out, j.Header(), j.ending()
+	if j.text && last.status == 200 { // as a shell says it
+		code := out.exitCode
+		if out.signalNumber > 0 {
+			code = 128 + out.signalNumber
+		}
+		h.Set("X-Exit-Code", strconv.Itoa(code))
+	}
+	switch {
+	case j.stream && j.text:
+		if last.apiError != nil {
+			h.Set("X-Exec-Error", last.Code)
+		}
+		j.flush() // and gives the trailers their time
+	case j.stream:
+		j.output(1, nil, false) // half a character that stays half
+		j.output(2, nil, false)
+		last.Length = nil
+		fmt.Fprintf(j, "{\"output\":null,%s\n", marshal(last)[1:])
+	case j.text && last.status == 200:
+		pieces := out.stdout
+		if result != nil {
+			text, _ := result["output"].(string)
+			pieces = chunks{[]byte(text)}
+		} else if last.apiError != nil {
+			pieces = chunks{[]byte(last.Message + "\n")}
+		} else if out.stdoutBytes == 0 {
+			pieces = out.stderr
+		}
+		h.Set("Content-Type", "text/plain; charset=utf-8")
+		for _, piece := range pieces {
+			j.Write(piece)
+		}
+	case result != nil:
+		return j.json(200, result)
+	default:
+		h.Set("Content-Type", "application/json")
+		j.WriteHeader(last.status)
+		j.writeOutcome(j, last)
+	}
+	return nil
+}
+
+// writeOutcome encodes captured output piece by piece, so that a large one is never held twice.
+func (j *job) writeOutcome(w io.Writer, last ending) {
+	text := func(head string, pieces chunks) {
+		var cut []byte
+		io.WriteString(w, head)
+		for _, piece := range append(pieces, nil) {
+			w.Write(jsonText(uncut(&cut, piece)))
+		}
+	}
+	text(`{"output":"`, j.out.stdout)
+	if j.out.stderrBytes > 0 {
+		text(`","stderr":"`, j.out.stderr)
+	}
+	fmt.Fprintf(w, "\",%s\n", marshal(last)[1:])
+}
+
+// begin sends the headers of a stream, so that the client knows that the command runs.
+func (j *job) begin() {
+	j.Header().Set("Content-Type", "application/x-ndjson")
+	if j.text {
+		j.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		j.Header().Set("Trailer", "X-Exit-Code, X-Exec-Error")
+	}
+	j.flush()
+}
+
+// output makes a job the sink of its stream.
+func (j *job) output(stream int, p []byte, idle bool) error {
+	if !j.text {
+		text := uncut(&j.cut[stream-1], p)
+		switch p = nil; {
+		case len(text) > 0 && stream == 1:
+			p = fmt.Appendf(nil, "{\"output\":\"%s\",\"length\":%d,\"status\":\"running\"}\n", jsonText(text), len(text))
+		case len(text) > 0:
+			p = fmt.Appendf(nil, "{\"output\":null,\"stderr\":\"%s\",\"status\":\"running\"}\n", jsonText(text))
+		}
+	}
+	if _, err := j.Write(p); err != nil || !idle {
+		return err
+	}
+	return j.flush()
+}
+
+// uncut gives what was cut before and the piece, but keeps the half of a character that this cuts. Without a piece it gives all.
+func uncut(cut *[]byte, piece []byte) string {
+	text, at := append(*cut, piece...), 0
+	for n := 1; n < utf8.UTFMax && n <= len(text) && len(piece) > 0; n++ {
+		if !utf8.FullRune(text[len(text)-n:]) {
+			at = n
+		}
+	}
+	*cut = slices.Clone(text[len(text)-at:])
+	return string(text[:len(text)-at])
+}
+
+// jsonText is a text as the inside of a JSON string. Bytes that are no UTF-8 become U+FFFD.
+func jsonText(text string) []byte {
+	quoted := marshal(text)
+	return quoted[1 : len(quoted)-1]
 }

@@ -1,15 +1,13 @@
-// This file is the HTTP side: listener, connections, routes, and the gates in their order.
+// This file is the HTTP side: listener, routes, and the gates in their order.
 // It may listen and use the network, and it alone.
-// It must not decide about a command, or run one: it says who may ask for what, and job.go and answer.go do it.
+// It must not decide about a command, or run one: it says who may ask for what, and answer.go does it.
 package main
 
 import (
 	"bufio"
-	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
-	"errors"
 	"fmt"
 	"io"
 	"log"
@@ -19,9 +17,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"os"
 	"path"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
@@ -38,12 +34,11 @@ const (
 	idleTimeout          = 120 * time.Second      // between two requests
 	writeTimeout         = 30 * time.Second       // for one write: a client that takes nothing for so long is gone
 	lingerTimeout        = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
-	shutdownWait         = 10 * time.Second       // beyond killGraceMs, until the last answer is out
+	shutdownWait         = 10 * time.Second       // beyond killGraceMs, until the last command is answered
+	shutdownPause        = 10 * time.Millisecond  // between two looks whether it is
+	closeTimeout         = time.Second            // then, for what is on its way
 	maxHeadBytes         = 16 << 10               // of a request's head: net/http takes up to fifty times as much memory for one
-	maxSeen              = maxHeadBytes + 4096    // what net/http reads of a head at most
-	maxStrangers         = 512                    // open connections on which no request has the key
-	maxPipelined         = 64 << 10               // bytes that a client may send behind a running command
-	maxRateClients       = 4096                   // addresses whose rate is remembered
+	maxRateClients       = 4096                   // whose rate is remembered
 	probeTime, probeBody = 5 * time.Second, 4096  // of an answer to probeServer: patience, bytes
 )
 
@@ -98,10 +93,9 @@ type server struct {
 	quotedKey string // as JSON and %q write it
 	mux       *http.ServeMux
 	documents map[string]document // by path
-	limits    map[bool]*limiter   // of requests with the key and without, so that nobody without it can lock an agent out
-	connMu    sync.Mutex
-	strangers []net.Conn // connections that do not serve a request with the key, who came first before
-	parsing   sync.Mutex // one body at a time is taken apart: it can need a hundred times its size
+	limits    limiter
+	parsing   sync.Mutex   // one body at a time is taken apart: it can need a hundred times its size
+	commands  atomic.Int64 // that are not answered yet
 }
 
 // listen binds host:port (port 0: any free one). The error says what to do.
@@ -119,11 +113,11 @@ func (s *server) prepare(address string) error {
 	if err != nil {
 		return err
 	}
-	quoted := string(marshal(s.start.key.text))
-	s.address, s.maxBody, s.quotedKey = address, snap.MaxRequestBodyBytes, quoted[1:len(quoted)-1]
+	s.address, s.maxBody, s.quotedKey = address, snap.MaxRequestBodyBytes, string(jsonText(s.start.key.text))
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
+	s.limits = limiter{every: snap.RateWindow / time.Duration(max(1, snap.RateMax)), burst: snap.RateMax, clients: map[client]*rate.Limiter{}}
+	s.log.SetOutput(keylessLog{s, s.log.Writer()})
 	s.mux, s.documents = http.NewServeMux(), readDocuments(s.plugins)
-	s.limits = map[bool]*limiter{false: newLimiter(snap), true: newLimiter(snap)}
 	for pattern, r := range routes {
 		s.mux.Handle(pattern, r)
 	}
@@ -135,125 +129,50 @@ func (s *server) prepare(address string) error {
 	return nil
 }
 
-// serve answers on l until ctx ends, then shuts down: accepts nothing new, ends running commands, and returns when all are answered.
-func (s *server) serve(ctx context.Context, l net.Listener) error {
-	h := &http.Server{
-		Handler: s, ErrorLog: s.log, ConnState: s.connState, DisableGeneralOptionsHandler: true,
-		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
-			return context.WithValue(ctx, s, conn) // the server is the key
-		},
-		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, WriteTimeout: s.stall, IdleTimeout: idleTimeout, MaxHeaderBytes: maxHeadBytes,
-	}
-	stopped := make(chan error, 1)
-	context.AfterFunc(ctx, func() { stopped <- s.shutdown(h) })
-	if err := h.Serve(watchedListener{l}); !errors.Is(err, http.ErrServerClosed) {
-		return err
-	}
-	return <-stopped
+// keylessLog takes the key out of each line, also of those in which net/http reports a panic.
+type keylessLog struct {
+	s  *server
+	to io.Writer
 }
 
-func (s *server) shutdown(h *http.Server) error {
+func (l keylessLog) Write(line []byte) (int, error) {
+	_, err := io.WriteString(l.to, l.s.redact(string(line)))
+	return len(line), err
+}
+
+// redact knows the key as it is, and as JSON and %q write it.
+func (s *server) redact(text string) string {
+	return s.start.key.redact(strings.ReplaceAll(text, s.quotedKey, redactedKey))
+}
+
+// serve answers on l until ctx ends; then it accepts nothing new, ends running commands, and returns when these are answered.
+func (s *server) serve(ctx context.Context, l net.Listener) error {
+	h := &http.Server{Handler: s, ErrorLog: s.log, DisableGeneralOptionsHandler: true, MaxHeaderBytes: maxHeadBytes,
+		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, WriteTimeout: s.stall, IdleTimeout: idleTimeout}
+	context.AfterFunc(ctx, func() { l.Close() })
+	if err := h.Serve(l); ctx.Err() == nil {
+		return err
+	}
+	s.runner.shutdown()
 	wait := shutdownWait
 	if snap, _, err := s.store.current(); err == nil {
 		wait += snap.KillGrace
 	}
-	late, cancel := context.WithTimeout(context.Background(), wait)
+	for begun := time.Now(); s.commands.Load() > 0 && time.Since(begun) < wait; {
+		time.Sleep(shutdownPause)
+	}
+	late, cancel := context.WithTimeout(context.Background(), closeTimeout)
 	defer cancel()
-	s.runner.shutdown()
-	s.connMu.Lock()
-	for _, conn := range s.strangers {
-		conn.Close()
-	}
-	s.connMu.Unlock()
 	h.Shutdown(late)
-	return h.Close() // whoever is still there
-}
-
-// connState keeps clients without the key from shutting others out, be they slow, idle, or busy not reading: of too many,
-// who has been here longest goes. A connection on which a request had the key counts as closed until that is answered.
-func (s *server) connState(conn net.Conn, state http.ConnState) {
-	if state == http.StateActive {
-		return
-	}
-	s.connMu.Lock()
-	defer s.connMu.Unlock()
-	s.strangers = slices.DeleteFunc(s.strangers, func(other net.Conn) bool { return other == conn })
-	if state != http.StateClosed {
-		s.strangers = append(s.strangers, conn)
-	}
-	if len(s.strangers) > maxStrangers {
-		s.strangers[0].Close()
-		s.strangers = s.strangers[1:] // it may linger, but not in the place of another
-	}
-}
-
-// watchedConn sees two things that net/http hides: a Content-Length beside a Transfer-Encoding, of which it drops the one and
-// serves what stands behind as a request of its own (RFC 9112, 6.1: smuggling); and a client that goes behind a further request,
-// as net/http's watch for a disconnect ends with the first byte.
-type watchedConn struct {
-	*net.TCPConn
-	busy   atomic.Bool // a command runs, and its request was read whole
-	behind []byte      // what was sent meanwhile
-	mu     sync.Mutex
-	seen   []byte // since the last answer
-}
-
-type watchedListener struct{ net.Listener }
-
-func (l watchedListener) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return &watchedConn{TCPConn: conn.(*net.TCPConn)}, nil
-}
-
-// Read is called by one goroutine at a time.
-func (w *watchedConn) Read(p []byte) (int, error) {
-	for len(w.behind) == 0 || w.busy.Load() {
-		n, err := w.TCPConn.Read(p)
-		w.mu.Lock()
-		w.seen = append(w.seen, p[:min(n, maxSeen-len(w.seen))]...)
-		w.mu.Unlock()
-		if err != nil || len(w.behind) == 0 && !w.busy.Load() {
-			return n, err
-		}
-		if w.behind = append(w.behind, p[:n]...); len(w.behind) > maxPipelined {
-			return 0, errors.New("too much was sent behind a running command")
-		}
-	}
-	n := copy(p, w.behind)
-	w.behind = w.behind[n:]
-	return n, nil
-}
-
-// forget is called when a request is answered.
-func (w *watchedConn) forget() {
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	w.seen = w.seen[:0]
-}
-
-// ambiguous says whether the request's head has both framings, or may have: in HTTP/1.0 net/http does not look at a
-// Transfer-Encoding, and the head of a request that was sent behind another one is not seen here.
-func (w *watchedConn) ambiguous(r *http.Request) bool {
-	old := !r.ProtoAtLeast(1, 1)
-	if r.TransferEncoding == nil && !old {
-		return false
-	}
-	w.mu.Lock()
-	defer w.mu.Unlock()
-	head := bytes.ToLower(w.seen)
-	return bytes.Contains(head, []byte("\ntransfer-encoding:")) && (old || bytes.Contains(head, []byte("\ncontent-length:"))) ||
-		r.TransferEncoding != nil && !bytes.HasPrefix(w.seen, []byte(r.Method+" "+r.RequestURI+" "))
+	return h.Close() // whoever is still there has not sent a whole request, or does not read
 }
 
 // call is one request on its way through the gates, and its answer.
 type call struct {
 	http.ResponseWriter
+	*http.ResponseController
 	s      *server
 	r      *http.Request
-	conn   *watchedConn
 	snap   *snapshot // the one under which all of the request is decided and run
 	id     string
 	peer   netip.Addr
@@ -263,57 +182,44 @@ type call struct {
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c := &call{ResponseWriter: w, s: s, r: r, conn: r.Context().Value(s).(*watchedConn), id: rand.Text()}
-	defer c.leave()
+	c := &call{ResponseWriter: w, ResponseController: http.NewResponseController(w), s: s, r: r, id: rand.Text()}
 	maps.Copy(w.Header(), fixedHeaders)
 	w.Header()["X-Request-Id"] = []string{c.id}
-	if r.ContentLength != 0 {
-		w.Header().Set("Connection", "close") // until readArgs has read the body to its end
-		defer func() { c.conn.SetReadDeadline(time.Now().Add(lingerTimeout)) }()
+	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) { // until readArgs has read the body to its end
+		w.Header().Set("Connection", "close") // net/http ignores a Transfer-Encoding in HTTP/1.0: what follows may be the body
 	}
 	if e := c.gates(); e != nil {
 		c.fail(e)
-		return
+	} else {
+		s.mux.ServeHTTP(c, r)
 	}
-	s.mux.ServeHTTP(c, r)
-}
-
-// leave ends a request. A panic costs its client the connection, and the log does not show the key.
-func (c *call) leave() {
-	c.conn.forget()
-	if v := recover(); v != nil {
-		c.s.log.Printf("internal error in request %s: %q\n%s", c.id, c.s.redact(fmt.Sprint(v)), debug.Stack())
-		panic(http.ErrAbortHandler)
+	if w.Header().Get("Connection") == "close" {
+		c.SetReadDeadline(time.Now().Add(lingerTimeout))
 	}
 }
 
 // Write has its own time, so that a client that takes nothing cannot hold a command or a slot.
 func (c *call) Write(p []byte) (int, error) {
-	c.conn.SetWriteDeadline(time.Now().Add(c.s.stall))
+	c.SetWriteDeadline(time.Now().Add(c.s.stall))
 	return c.ResponseWriter.Write(p)
 }
 
 // flush sends what was written so far, at least the headers.
 func (c *call) flush() error {
 	c.Write(nil)
-	return http.NewResponseController(c.ResponseWriter).Flush()
-}
-
-// redact knows the key as it is, and as JSON and %q write it.
-func (s *server) redact(text string) string {
-	return s.start.key.redact(strings.ReplaceAll(text, s.quotedKey, redactedKey))
+	return c.Flush()
 }
 
 // gates lets a request through to its route, or says why not. Their order is fixed: what a stranger may learn comes first.
 func (c *call) gates() *apiError {
 	at := c.r.URL.Path
+	handler, pattern := c.s.mux.Handler(c.r)
 	switch {
-	case c.conn.ambiguous(c.r):
-		c.Header().Set("Connection", "close") // what stands behind it may be meant as its body
+	case c.r.TransferEncoding != nil: // net/http hides a Content-Length beside it, and serves what stands behind (RFC 9112, 6.1)
 		return newError("invalid_request")
 	case !cleanPath(c.r.URL):
 		return newError("not_found")
-	case at == "/ping" && (c.r.Method == "GET" || c.r.Method == "HEAD"):
+	case pattern == "GET /ping":
 		return nil
 	case !c.s.start.enabled:
 		return newError("disabled")
@@ -331,16 +237,14 @@ func (c *call) gates() *apiError {
 		return newError("ip_denied")
 	}
 	if c.findKey(); c.keyed {
-		c.s.connState(c.conn, http.StateClosed)
 		c.Header().Set("Cache-Control", "no-store")
 	}
-	if wait := c.s.limits[c.keyed].take(c.peer, time.Now()); wait > 0 {
+	if wait := c.s.limits.take(c.peer, c.keyed, time.Now()); wait > 0 {
 		e := newError("rate_limited")
 		e.wait = int((wait + time.Second - 1) / time.Second)
 		return e
 	}
 	api, command := strings.HasPrefix(at, "/api/"), strings.HasPrefix(at, "/api/command/")
-	handler, pattern := c.s.mux.Handler(c.r)
 	switch {
 	case !c.keyed && (command || strings.HasPrefix(at, "/private/") || api && pattern != ""):
 		c.s.note(c.record("auth_failed"))
@@ -380,8 +284,8 @@ func (s *server) announce(snap *snapshot, err error) {
 	record := auditRecord{Event: "settings_reloaded"}
 	if err != nil {
 		record = auditRecord{Event: "settings_invalid", Reason: err.Error()}
-	} else if err := s.audit.reconfigure(snap.AuditFile, snap.AuditEnabled); err != nil {
-		s.log.Printf("cannot follow the audit settings: %v", err)
+	} else {
+		s.audit.reconfigure(snap.AuditFile, snap.AuditEnabled) // what goes wrong goes wrong again with the record, and is logged
 	}
 	s.log.Print(strings.TrimSpace(record.Event + " " + record.Reason))
 	s.note(record)
@@ -398,54 +302,57 @@ func (s *server) note(r auditRecord) error {
 
 // findKey looks at every place where a key may stand. All that are used must hold the right one, and none twice.
 func (c *call) findKey() {
-	places := map[string][]string{"header": c.r.Header["X-Api-Key"]}
+	var query, bearer []string
+	if c.s.start.allowQueryKey {
+		query = c.r.URL.Query()["apiKey"]
+	}
 	for _, value := range c.r.Header["Authorization"] {
 		if scheme, token, _ := strings.Cut(value, " "); strings.EqualFold(scheme, "Bearer") { // another scheme's may be a proxy's
-			places["bearer"] = append(places["bearer"], strings.TrimSpace(token))
+			bearer = append(bearer, strings.TrimSpace(token))
 		}
 	}
-	if c.s.start.allowQueryKey {
-		places["query"] = c.r.URL.Query()["apiKey"]
-	}
-	c.source, c.keyed = "none", true
-	for _, source := range []string{"query", "bearer", "header"} {
-		if keys := places[source]; len(keys) > 0 {
-			c.source = source
-			c.keyed = c.keyed && len(keys) == 1 && c.s.start.key.matches(keys[0])
+	right := true
+	c.source = "none"
+	for i, keys := range [][]string{query, bearer, c.r.Header["X-Api-Key"]} {
+		if len(keys) > 0 {
+			c.source = []string{"query", "bearer", "header"}[i]
+			right = right && len(keys) == 1 && c.s.start.key.matches(keys[0])
 		}
 	}
-	c.keyed = c.keyed && c.source != "none"
+	c.keyed = right && c.source != "none"
 }
 
-// limiter is a token bucket for each client address (IPv6: each /64, which is what one client has).
+// limiter is a token bucket for each client: an address (of IPv6 the /64, which is what one client has), with the key or without
+// it, so that nobody without can lock an agent out.
 type limiter struct {
 	mu      sync.Mutex
 	every   time.Duration // for one more token
 	burst   int           // 0: no limit
-	clients map[netip.Prefix]*rate.Limiter
+	clients map[client]*rate.Limiter
 }
 
-func newLimiter(snap *snapshot) *limiter {
-	every := snap.RateWindow / time.Duration(max(1, snap.RateMax))
-	return &limiter{every: every, burst: snap.RateMax, clients: map[netip.Prefix]*rate.Limiter{}}
+type client struct {
+	netip.Prefix
+	keyed bool
 }
 
 // take takes a token, or says how long until there is one at the latest. Of too many clients all are forgotten: who has thousands
 // of addresses has thousands of limits anyway.
-func (l *limiter) take(client netip.Addr, now time.Time) time.Duration {
+func (l *limiter) take(peer netip.Addr, keyed bool, now time.Time) time.Duration {
 	if l.burst == 0 {
 		return 0
 	}
-	prefix, _ := client.Prefix(min(64, client.BitLen()))
+	prefix, _ := peer.Prefix(min(64, peer.BitLen()))
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.clients[prefix] == nil {
+	who := client{prefix, keyed}
+	if l.clients[who] == nil {
 		if len(l.clients) == maxRateClients {
 			clear(l.clients)
 		}
-		l.clients[prefix] = rate.NewLimiter(rate.Every(l.every), l.burst)
+		l.clients[who] = rate.NewLimiter(rate.Every(l.every), l.burst)
 	}
-	if l.clients[prefix].AllowN(now, 1) {
+	if l.clients[who].AllowN(now, 1) {
 		return 0
 	}
 	return l.every
@@ -477,18 +384,11 @@ func (c *call) readArgs() ([]string, *apiError) {
 	if c.r.ContentLength > c.s.maxBody {
 		return nil, newError("body_too_large") // also before a 100 Continue asks for it
 	}
-	data, err := io.ReadAll(io.LimitReader(c.r.Body, c.s.maxBody+1))
-	switch {
-	case errors.Is(err, os.ErrDeadlineExceeded):
-		e := newError("timeout").because("The body did not arrive within %v, so nothing ran.", c.s.patience)
-		e.Hint = "Send it again, whole and at once."
-		return nil, e
-	case err != nil:
+	data, err := io.ReadAll(c.r.Body) // no more than its length says
+	if err != nil {
 		return nil, newError("invalid_request")
-	case int64(len(data)) > c.s.maxBody:
-		return nil, newError("body_too_large")
 	}
-	if c.r.TransferEncoding == nil {
+	if c.r.ProtoAtLeast(1, 1) {
 		c.Header().Del("Connection")
 	}
 	c.s.parsing.Lock()

@@ -18,7 +18,6 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -27,6 +26,8 @@ import (
 	"testing"
 	"time"
 	"unicode/utf8"
+
+	"golang.org/x/time/rate"
 )
 
 const serverTestKey = "0123456789-the-key-of-the-tests"
@@ -470,7 +471,8 @@ func TestServerFraming(t *testing.T) {
 		{"line feeds alone", strings.ReplaceAll(head+"Content-Length: 4\nTransfer-Encoding: chunked\n\n", "\n", "\v") + last, "400", 0},
 		{"at the end of the longest head", head + "Content-Length: 4\nX-Long: " + strings.Repeat("a", maxHeadBytes) + "\nTransfer-Encoding: chunked\n\n" + chunks, "400", 0},
 		{"a body nobody reads", noKey + "Content-Length: 54\n\n" + last, "401", 0},
-		{"chunked alone", head + "Transfer-Encoding: chunked\nConnection: close\n\n" + chunks, "200", 1},
+		{"chunked alone", head + "Transfer-Encoding: chunked\n\n" + chunks + last, "400", 0},
+		{"HTTP/1.0 without doubt", strings.Replace(execRequest("true"), "1.1\n", "1.0\nConnection: keep-alive\n", 1) + last, "200", 1},
 		{"pipelined", ping + execRequest("true") + ping + execRequest("true") + last, "200 200 200 200 200", 2},
 	} {
 		before := len(ts.records("exec_start"))
@@ -537,11 +539,9 @@ func TestServerKeys(t *testing.T) {
 func TestServerClientGone(t *testing.T) {
 	ts := startServer(t, `{"exec":{"allow":["*"]},"timeoutMs":300000,"killGraceMs":200}`, nil, nil)
 	ways := map[string]func(conn *net.TCPConn){
-		"close":                func(conn *net.TCPConn) { conn.Close() },
-		"reset":                func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() },
-		"half-close":           func(conn *net.TCPConn) { conn.CloseWrite() },
-		"pipeline, then close": func(conn *net.TCPConn) { conn.Write(wire("GET /ping HTTP/1.1\nHost: x\n\n")); conn.Close() },
-		"flood":                func(conn *net.TCPConn) { conn.Write(bytes.Repeat([]byte("x"), 2*maxPipelined)); conn.Close() },
+		"close":      func(conn *net.TCPConn) { conn.Close() },
+		"reset":      func(conn *net.TCPConn) { conn.SetLinger(0); conn.Close() },
+		"half-close": func(conn *net.TCPConn) { conn.CloseWrite() },
 	}
 	for _, leave := range ways {
 		for _, query := range []string{"", "?mode=stream", "?mode=stream&format=text"} {
@@ -694,7 +694,7 @@ func TestServerStream(t *testing.T) {
 	}
 	// Half a character waits for its other half, or for the end.
 	_, body = ts.exec("?mode=stream", "sh", "-c", `printf 'a\303'; printf 'e\342' >&2; sleep 0.1; printf '\251z\303'`)
-	for _, want := range []string{`{"output":"a","length":1,`, `{"output":"éz","length":3,`, `{"output":"` + "\uFFFD" + `","length":1,`, `{"output":null,"stderr":"e","status":"running"}`, `{"output":null,"stderr":"` + "\uFFFD" + `",`} {
+	for _, want := range []string{`{"output":"a","length":1,`, `{"output":"éz","length":3,`, `{"output":"\ufffd","length":1,`, `{"output":null,"stderr":"e","status":"running"}`, `{"output":null,"stderr":"\ufffd",`} {
 		if !strings.Contains(body, want) {
 			t.Errorf("no %s in %s", want, body)
 		}
@@ -757,17 +757,18 @@ func TestJSONText(t *testing.T) {
 		for range random.IntN(12) {
 			whole = append(whole, alphabet[random.IntN(len(alphabet))]...)
 		}
-		var text jsonText
+		var cut []byte
 		got, rest := []byte{'"'}, whole
 		for len(rest) > 0 {
 			n := 1 + random.IntN(len(rest))
-			got, rest = text.append(got, rest[:n]), rest[n:]
+			got, rest = append(got, jsonText(uncut(&cut, rest[:n]))...), rest[n:]
 			if !utf8.Valid(got) {
 				t.Fatalf("%q: a character was cut: %q", whole, got)
 			}
 		}
+		got = append(got, jsonText(uncut(&cut, nil))...)
 		var back string
-		if err := json.Unmarshal(append(text.append(got, nil), '"'), &back); err != nil || back != replaceInvalid(whole) {
+		if err := json.Unmarshal(append(got, '"'), &back); err != nil || back != replaceInvalid(whole) {
 			t.Fatalf("%q became %q (%v)", whole, back, err)
 		}
 	}
@@ -797,9 +798,9 @@ func FuzzExecBody(f *testing.F) {
 
 // TestLimiter: no number of addresses grows it, and none pays for another.
 func TestLimiter(t *testing.T) {
-	l := newLimiter(&snapshot{settings: settings{RateMax: 2, RateWindow: time.Minute}})
+	l := &limiter{every: 30 * time.Second, burst: 2, clients: map[client]*rate.Limiter{}}
 	now := time.Now()
-	take := func(addr string) bool { return l.take(netip.MustParseAddr(addr), now) == 0 }
+	take := func(addr string) bool { return l.take(netip.MustParseAddr(addr), false, now) == 0 }
 	takes := func(addr string) (n int) {
 		for range 3 {
 			if take(addr) {
@@ -808,15 +809,18 @@ func TestLimiter(t *testing.T) {
 		}
 		return n
 	}
-	if takes("192.0.2.1") != 2 || l.take(netip.MustParseAddr("192.0.2.1"), now) != 30*time.Second {
+	if takes("192.0.2.1") != 2 || l.take(netip.MustParseAddr("192.0.2.1"), false, now) != 30*time.Second {
 		t.Error("not two of three, or no time until the next")
+	}
+	if addr := netip.MustParseAddr("192.0.2.1"); l.take(addr, true, now) != 0 {
+		t.Error("who has the key is counted with those who have not")
 	}
 	if !take("2001:db8::1") || !take("2001:db8::2") || take("2001:db8::3") || !take("2001:db8:0:1::1") {
 		t.Error("IPv6 is not counted by /64")
 	}
 	addr := netip.MustParseAddr("10.0.0.0")
 	for range 1_000_000 {
-		if addr = addr.Next(); l.take(addr, now) != 0 {
+		if addr = addr.Next(); l.take(addr, false, now) != 0 {
 			t.Fatalf("%s is limited by what others did", addr)
 		}
 	}
@@ -826,7 +830,7 @@ func TestLimiter(t *testing.T) {
 	if now = now.Add(30 * time.Second); takes("10.15.66.64") != 2 {
 		t.Error("a bucket is not full again")
 	}
-	if off := newLimiter(&snapshot{settings: settings{RateWindow: time.Minute}}); off.take(addr, now) != 0 || len(off.clients) != 0 {
+	if off := new(limiter); off.take(addr, false, now) != 0 || len(off.clients) != 0 {
 		t.Error("no limit limits")
 	}
 }
@@ -844,26 +848,18 @@ func TestServerKeylessFlood(t *testing.T) {
 	}
 }
 
-// TestServerManyConnections: clients that connect and say nothing, or half a head, do not keep an agent out.
+// TestServerManyConnections: clients that connect and say nothing, or not all, neither keep an agent out nor hold up the end.
 func TestServerManyConnections(t *testing.T) {
 	ts := startServer(t, openSettings, nil, nil)
-	for i := range maxStrangers + 50 {
-		conn := ts.dial()
-		if i%2 == 0 {
-			conn.Write([]byte("GET / HT"))
-		}
+	for i := range 600 {
+		ts.dial().Write(wire([]string{"", "GET / HT", strings.TrimSuffix(execRequest("true"), "}")}[i%3]))
 	}
 	if answer := ts.raw(strings.Replace(execRequest("printf", "in"), "Host: x", "Host: x\nConnection: close", 1)); !strings.Contains(answer, `"output":"in"`) {
 		t.Errorf("%q", answer)
 	}
-	open := maxStrangers + 1
-	for begun := time.Now(); open > maxStrangers && time.Since(begun) < hangGuard; runtime.Gosched() {
-		ts.connMu.Lock()
-		open = len(ts.strangers)
-		ts.connMu.Unlock()
-	}
-	if open > maxStrangers {
-		t.Errorf("%d connections stay open", open)
+	begun := time.Now()
+	if ts.stop(); time.Since(begun) > requestTimeout/2 { // far less, but on a machine that is busy
+		t.Errorf("it took %v to stop", time.Since(begun))
 	}
 }
 
@@ -888,7 +884,7 @@ func TestServerUnreadBody(t *testing.T) {
 // TestServerPatience: a body that dribbles is given up; a command may run longer than a request may take to arrive.
 func TestServerPatience(t *testing.T) {
 	ts := startServer(t, openSettings, nil, func(s *server) { s.patience = 200 * time.Millisecond })
-	if answer := ts.raw(strings.Replace(execRequest("true"), "Content-Length: ", "Content-Length: 1", 1)); !strings.HasPrefix(answer, "HTTP/1.1 408 ") || !strings.Contains(answer, `"error":"timeout"`) || !strings.Contains(answer, "nothing ran") || strings.Contains(answer, "half done") {
+	if answer := ts.raw(strings.Replace(execRequest("true"), "Content-Length: ", "Content-Length: 1", 1)); !strings.HasPrefix(answer, "HTTP/1.1 400 ") || !strings.Contains(answer, `"error":"invalid_request"`) || !strings.Contains(answer, "nothing ran") {
 		t.Errorf("%q", answer)
 	}
 	if n := len(ts.records("exec_start")); n != 0 {
@@ -975,7 +971,7 @@ func TestRenderHTML(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	got := string(renderHTML(page))
+	got := renderHTML(string(page))
 	serverGolden(t, "page.html.golden", got)
 	for _, evil := range []string{"<script", "<img", "javascript:alert(1)\"", "href=\"//", "href=\"data:", "onclick=\"", "\x00", "\x01"} {
 		if strings.Contains(strings.ToLower(got), evil) {
@@ -987,8 +983,9 @@ func TestRenderHTML(t *testing.T) {
 func FuzzRenderHTML(f *testing.F) {
 	f.Add("# a\n- [x](javascript:alert(1))\n```\n<script>\n")
 	tag := regexp.MustCompile(`<a href="(?:https?://[^"<>]*|/?[^"/:][^"<>:]*)">|</a>`)
+	head, end, _ := strings.Cut(skillText("_page.html"), "{{TEXT}}")
 	f.Fuzz(func(t *testing.T, text string) {
-		page := strings.TrimSuffix(strings.TrimPrefix(string(renderHTML([]byte(text))), pageHead), pageEnd)
+		page := strings.TrimSuffix(strings.TrimPrefix(renderHTML(text), head), end)
 		if rest := tag.ReplaceAllString(page, ""); strings.ContainsAny(rest, "<>") {
 			t.Errorf("%q gives %q", text, rest)
 		}
