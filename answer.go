@@ -95,10 +95,6 @@ func marshal(v any) []byte {
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
-func (c *call) ping() *apiError {
-	return c.json(200, map[string]string{"status": "ok", "version": version})
-}
-
 func (c *call) acl() *apiError {
 	lists := map[string][]ruleSpec{"allow": {}, "deny": {}}
 	for _, rule := range c.snap.policy.rules() {
@@ -249,22 +245,17 @@ func parseExecBody(data []byte) (args []string, e *apiError) {
 	} else if body.kind != '{' {
 		return nil, newError("invalid_json")
 	}
-	unexpected := newError("unexpected_field")
-	for i, key := range body.keys {
-		if key == "args" {
-			args = nodeStrings(body.items[i])
-		} else {
-			unexpected.Fields = append(unexpected.Fields, key)
-		}
-	}
-	if err = checkArgv(args); unexpected.Fields != nil {
-		return nil, unexpected
+	args = nodeStrings(cmp.Or(body.get("args"), &node{}))
+	others := slices.DeleteFunc(body.keys, func(key string) bool { return key == "args" })
+	if len(others) > 0 {
+		e = newError("unexpected_field")
+		e.Fields = others
 	} else if args == nil {
-		return nil, newError("invalid_args")
-	} else if err != nil {
-		return nil, newError("invalid_args").because("args cannot be run: %v.", err)
+		e = newError("invalid_args")
+	} else if err := checkArgv(args); err != nil {
+		e = newError("invalid_args").because("args cannot be run: %v.", err)
 	}
-	return args, nil
+	return args, e
 }
 
 func (c *call) aclCheck() *apiError {
@@ -282,9 +273,9 @@ type job struct {
 	args, sent   []string // what will run, and what the request asked for
 	what         approved
 	decided      decision
-	plugin       *plugin   // whose hooks stand around it; nameless: none
-	stream, text bool      // mode, format
-	cut          [2][]byte // of a stream: what a piece of standard output or error ended with, half a character
+	plugin       *plugin    // whose hooks stand around it; nameless: none
+	stream, text bool       // mode, format
+	cut          [2]cutText // of a stream: standard output, standard error
 	out          outcome
 }
 
@@ -415,7 +406,13 @@ func (j *job) audited(stdin []byte) *apiError {
 	}
 	if j.stream {
 		cmd.sink, cmd.maxBytes = j, s.MaxStreamBytes
-		j.begin()
+		j.Header().Set("Content-Type", "application/x-ndjson")
+		if j.text {
+			j.Header().Set("Content-Type", "text/plain; charset=utf-8")
+			j.Header().Set("Trailer", "X-Exit-Code, X-Exec-Error")
+		}
+		j.Write(nil)
+		j.Flush() // so that the client knows that the command runs
 	}
 	j.out = j.s.runner.run(j.r.Context(), cmd)
 	out, ms := &j.out, j.out.duration.Milliseconds()
@@ -431,16 +428,10 @@ func (j *job) audited(stdin []byte) *apiError {
 	return nil
 }
 
-// record begins a record of this request.
-func (c *call) record(event string) auditRecord {
-	return auditRecord{Event: event, RequestID: c.id, SourceIP: c.peer.String(), AuthSource: c.source, Endpoint: c.r.URL.Path}
-}
-
-// record begins a record of this request, which has the key, and its command.
 func (j *job) record(event string) auditRecord {
-	r := j.call.record(event)
-	r.APIKeyID, r.Mode, r.Argv, r.Cwd = j.s.start.key.id(), cmp.Or(j.query.Get("mode"), "buffered"), j.args, j.snap.cwd
-	r.Plugin, r.ACLDecision, r.Rule = j.plugin.Name, "allow", j.decided.Rule
+	r := auditRecord{Event: event, RequestID: j.id, SourceIP: j.peer.String(), APIKeyID: j.s.start.key.id(), AuthSource: j.source,
+		Endpoint: j.r.URL.Path, Mode: cmp.Or(j.query.Get("mode"), "buffered"), Argv: j.args, Cwd: j.snap.cwd, Plugin: j.plugin.Name,
+		ACLDecision: "allow", Rule: j.decided.Rule}
 	if !slices.Equal(j.args, j.sent) {
 		r.OriginalArgv = j.sent
 	}
@@ -472,32 +463,30 @@ type ending struct {
 
 // ending says how the command ended. Most ends are called what their error is.
 func (j *job) ending() ending {
-	out, code := &j.out, string(j.out.end)
+	out := &j.out
 	last := ending{status: 200, Status: "error", Duration: out.duration.Milliseconds(), Length: &out.stdoutBytes}
-	if out.exited && (out.end == endExit || out.end == endStart) {
-		last.ExitCode = &out.exitCode
-	}
-	switch {
-	case out.end == endExit:
+	switch out.end {
+	case endExit:
 		if last.Signal = out.signal; out.exited && out.exitCode == 0 {
 			last.Status = "done"
 		}
-		return last
-	case out.end == endStart && out.exitCode == 126:
-		code = "command_not_executable"
-	case out.end == endStart:
-		code = "command_not_found"
-	case out.end == endOutput && j.stream:
-		code = "max_stream_output_exceeded"
-	case out.end == endOutput:
-		code = "max_output_exceeded"
+	case endStart:
+		code := map[int]string{126: "command_not_executable", 127: "command_not_found"}[out.exitCode]
+		last.apiError = newError(code).because("%s", j.s.redact(out.err.Error()))
+	case endOutput:
+		last.apiError = newError("max_stream_output_exceeded")
+		if !j.stream {
+			last.apiError = newError("max_output_exceeded")
+			last.MaxOutput = j.snap.MaxOutputBytes
+		}
+	default:
+		last.apiError = newError(string(out.end))
 	}
-	last.apiError = newError(code)
-	last.status = last.apiError.status
-	if out.end == endStart {
-		last.because("%s", j.s.redact(out.err.Error()))
-	} else if code == "max_output_exceeded" {
-		last.MaxOutput = j.snap.MaxOutputBytes
+	if last.apiError != nil {
+		last.status = last.apiError.status
+	}
+	if out.exited && last.status == 200 { // else it ended so because it was told to
+		last.ExitCode = &out.exitCode
 	}
 	return last
 }
@@ -518,7 +507,7 @@ func (j *job) answer(result map[string]any) *apiError {
 		if last.apiError != nil {
 			h.Set("X-Exec-Error", last.Code)
 		}
-		j.flush() // and gives the trailers their time
+		j.Write(nil) // gives the trailers their time
 	case j.stream:
 		j.output(1, nil, false) // half a character that stays half
 		j.output(2, nil, false)
@@ -551,10 +540,12 @@ func (j *job) answer(result map[string]any) *apiError {
 // writeOutcome encodes captured output piece by piece, so that a large one is never held twice.
 func (j *job) writeOutcome(w io.Writer, last ending) {
 	text := func(head string, pieces chunks) {
-		var cut []byte
-		io.WriteString(w, head)
+		var cut cutText
+		buf := []byte(head)
 		for _, piece := range append(pieces, nil) {
-			w.Write(jsonText(uncut(&cut, piece)))
+			buf, _ = cut.escape(buf, piece)
+			w.Write(buf)
+			buf = buf[:0]
 		}
 	}
 	text(`{"output":"`, j.out.stdout)
@@ -564,47 +555,44 @@ func (j *job) writeOutcome(w io.Writer, last ending) {
 	fmt.Fprintf(w, "\",%s\n", marshal(last)[1:])
 }
 
-// begin sends the headers of a stream, so that the client knows that the command runs.
-func (j *job) begin() {
-	j.Header().Set("Content-Type", "application/x-ndjson")
-	if j.text {
-		j.Header().Set("Content-Type", "text/plain; charset=utf-8")
-		j.Header().Set("Trailer", "X-Exit-Code, X-Exec-Error")
-	}
-	j.flush()
-}
-
-// output makes a job the sink of its stream.
+// output makes a job the sink of its stream. Without p it says what is left of a cut character.
 func (j *job) output(stream int, p []byte, idle bool) error {
 	if !j.text {
-		text := uncut(&j.cut[stream-1], p)
+		text, length := j.cut[stream-1].escape(nil, p)
 		switch p = nil; {
-		case len(text) > 0 && stream == 1:
-			p = fmt.Appendf(nil, "{\"output\":\"%s\",\"length\":%d,\"status\":\"running\"}\n", jsonText(text), len(text))
-		case len(text) > 0:
-			p = fmt.Appendf(nil, "{\"output\":null,\"stderr\":\"%s\",\"status\":\"running\"}\n", jsonText(text))
+		case length > 0 && stream == 1:
+			p = fmt.Appendf(nil, "{\"output\":\"%s\",\"length\":%d,\"status\":\"running\"}\n", text, length)
+		case length > 0:
+			p = fmt.Appendf(nil, "{\"output\":null,\"stderr\":\"%s\",\"status\":\"running\"}\n", text)
 		}
 	}
 	if _, err := j.Write(p); err != nil || !idle {
 		return err
 	}
-	return j.flush()
+	return j.Flush()
 }
 
-// uncut gives what was cut before and the piece, but keeps the half of a character that this cuts. Without a piece it gives all.
-func uncut(cut *[]byte, piece []byte) string {
-	text, at := append(*cut, piece...), 0
-	for n := 1; n < utf8.UTFMax && n <= len(text) && len(piece) > 0; n++ {
-		if !utf8.FullRune(text[len(text)-n:]) {
-			at = n
+// cutText is the half of a character that a piece of output ends with. It waits for the next piece.
+type cutText []byte
+
+// escape appends a piece as the inside of a JSON string, what is no UTF-8 as U+FFFD, and says how many bytes that were. After the
+// last piece it is called without one.
+func (c *cutText) escape(text, piece []byte) ([]byte, int) {
+	rest := slices.Concat(*c, piece)
+	all := len(rest)
+	for len(rest) > 0 && (len(piece) == 0 || utf8.FullRune(rest)) {
+		r, size := utf8.DecodeRune(rest)
+		switch rest = rest[size:]; {
+		case r == '"' || r == '\\':
+			text = append(text, '\\', byte(r))
+		case r == '\n':
+			text = append(text, `\n`...)
+		case r < ' ':
+			text = fmt.Appendf(text, `\u%04x`, r)
+		default:
+			text = utf8.AppendRune(text, r)
 		}
 	}
-	*cut = slices.Clone(text[len(text)-at:])
-	return string(text[:len(text)-at])
-}
-
-// jsonText is a text as the inside of a JSON string. Bytes that are no UTF-8 become U+FFFD.
-func jsonText(text string) []byte {
-	quoted := marshal(text)
-	return quoted[1 : len(quoted)-1]
+	*c = rest
+	return text, all - len(rest)
 }

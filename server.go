@@ -61,7 +61,7 @@ func (f route) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 
 // routes is every path there is, but those of plugins. All under /api/ and /private/ need the key.
 var routes = map[string]route{
-	"GET /ping":                           (*call).ping,
+	"GET /ping":                           func(c *call) *apiError { return c.json(200, map[string]string{"status": "ok", "version": version}) },
 	"GET /{$}":                            (*call).rootGuide,
 	"GET /SKILL.md":                       (*call).skill,
 	"GET /skills":                         (*call).skillIndex,
@@ -90,7 +90,6 @@ type server struct {
 	// What prepare makes:
 	address   string // what it listens on, host:port
 	maxBody   int64
-	quotedKey string // as JSON and %q write it
 	mux       *http.ServeMux
 	documents map[string]document // by path
 	limits    limiter
@@ -113,9 +112,9 @@ func (s *server) prepare(address string) error {
 	if err != nil {
 		return err
 	}
-	s.address, s.maxBody, s.quotedKey = address, snap.MaxRequestBodyBytes, string(jsonText(s.start.key.text))
+	s.address, s.maxBody = address, snap.MaxRequestBodyBytes
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
-	s.limits = limiter{every: snap.RateWindow / time.Duration(max(1, snap.RateMax)), burst: snap.RateMax, clients: map[client]*rate.Limiter{}}
+	s.limits = limiter{every: snap.RateWindow / time.Duration(max(1, snap.RateMax)), burst: snap.RateMax, clients: map[string]*rate.Limiter{}}
 	s.log.SetOutput(keylessLog{s, s.log.Writer()})
 	s.mux, s.documents = http.NewServeMux(), readDocuments(s.plugins)
 	for pattern, r := range routes {
@@ -142,7 +141,8 @@ func (l keylessLog) Write(line []byte) (int, error) {
 
 // redact knows the key as it is, and as JSON and %q write it.
 func (s *server) redact(text string) string {
-	return s.start.key.redact(strings.ReplaceAll(text, s.quotedKey, redactedKey))
+	quoted := string(marshal(s.start.key.text))
+	return s.start.key.redact(strings.ReplaceAll(text, quoted[1:len(quoted)-1], redactedKey))
 }
 
 // serve answers on l until ctx ends; then it accepts nothing new, ends running commands, and returns when these are answered.
@@ -204,12 +204,6 @@ func (c *call) Write(p []byte) (int, error) {
 	return c.ResponseWriter.Write(p)
 }
 
-// flush sends what was written so far, at least the headers.
-func (c *call) flush() error {
-	c.Write(nil)
-	return c.Flush()
-}
-
 // gates lets a request through to its route, or says why not. Their order is fixed: what a stranger may learn comes first.
 func (c *call) gates() *apiError {
 	at := c.r.URL.Path
@@ -239,15 +233,15 @@ func (c *call) gates() *apiError {
 	if c.findKey(); c.keyed {
 		c.Header().Set("Cache-Control", "no-store")
 	}
-	if wait := c.s.limits.take(c.peer, c.keyed, time.Now()); wait > 0 {
+	if !c.s.limits.take(c.peer, c.keyed, time.Now()) {
 		e := newError("rate_limited")
-		e.wait = int((wait + time.Second - 1) / time.Second)
+		e.wait += int(c.s.limits.every / time.Second) // rounded up
 		return e
 	}
 	api, command := strings.HasPrefix(at, "/api/"), strings.HasPrefix(at, "/api/command/")
 	switch {
 	case !c.keyed && (command || strings.HasPrefix(at, "/private/") || api && pattern != ""):
-		c.s.note(c.record("auth_failed"))
+		c.s.note(auditRecord{Event: "auth_failed", RequestID: c.id, SourceIP: c.peer.String(), AuthSource: c.source, Endpoint: at})
 		c.Header().Set("WWW-Authenticate", `Bearer realm="agent-exec"`)
 		return newError("unauthorized") // there, what is not there is not for strangers to know either
 	case command && c.r.Method == "HEAD" && pattern != "": // by a pattern with GET, but a plugin's route runs something
@@ -328,34 +322,22 @@ type limiter struct {
 	mu      sync.Mutex
 	every   time.Duration // for one more token
 	burst   int           // 0: no limit
-	clients map[client]*rate.Limiter
+	clients map[string]*rate.Limiter
 }
 
-type client struct {
-	netip.Prefix
-	keyed bool
-}
-
-// take takes a token, or says how long until there is one at the latest. Of too many clients all are forgotten: who has thousands
-// of addresses has thousands of limits anyway.
-func (l *limiter) take(peer netip.Addr, keyed bool, now time.Time) time.Duration {
-	if l.burst == 0 {
-		return 0
-	}
-	prefix, _ := peer.Prefix(min(64, peer.BitLen()))
+// take says whether there is a token. Of too many clients all are forgotten: who has thousands of addresses has as many limits.
+func (l *limiter) take(peer netip.Addr, keyed bool, now time.Time) bool {
+	network, _ := peer.Prefix(min(64, peer.BitLen()))
+	client := fmt.Sprint(network, keyed)
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	who := client{prefix, keyed}
-	if l.clients[who] == nil {
-		if len(l.clients) == maxRateClients {
-			clear(l.clients)
-		}
-		l.clients[who] = rate.NewLimiter(rate.Every(l.every), l.burst)
+	if len(l.clients) >= maxRateClients {
+		clear(l.clients)
 	}
-	if l.clients[who].AllowN(now, 1) {
-		return 0
+	if l.clients[client] == nil && l.burst > 0 {
+		l.clients[client] = rate.NewLimiter(rate.Every(l.every), l.burst)
 	}
-	return l.every
+	return l.burst == 0 || l.clients[client].AllowN(now, 1)
 }
 
 // checkQuery admits only the parameters that the route knows, each once.
