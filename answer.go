@@ -267,192 +267,180 @@ func (c *call) aclCheck() *apiError {
 	return c.json(200, d)
 }
 
-// job is one command that was decided, on its way through its slot; a hook is one, too.
-type job struct {
-	*call
-	args, sent   []string // what will run, and what the request asked for
-	what         approved
-	decided      decision
-	plugin       *plugin    // whose hooks stand around it; nameless: none
-	stream, text bool       // mode, format
-	cut          [2]cutText // of a stream: standard output, standard error
-	out          outcome
-}
-
+// exec is a request for one command.
 func (c *call) exec() (e *apiError) {
-	j := &job{call: c, plugin: &plugin{}, stream: c.query.Get("mode") == "stream", text: c.query.Get("format") == "text"}
-	if j.stream && j.text && !c.r.ProtoAtLeast(1, 1) {
+	c.stream, c.text = c.query.Get("mode") == "stream", c.query.Get("format") == "text"
+	if c.stream && c.text && !c.r.ProtoAtLeast(1, 1) {
 		return newError("http_version_not_supported")
 	}
-	if j.args, e = c.readArgs(); e != nil {
+	if c.args, e = c.readArgs(); e != nil {
 		return e
 	}
 	for _, p := range c.s.plugins {
-		if p.before+p.after != "" && p.sees(j.args) && !c.snap.disabled(p.Name) {
-			j.plugin = p
+		if p.before+p.after != "" && p.sees(c.args) && !c.snap.disabled(p.Name) {
+			c.plugin = p
 		}
 	}
-	if j.stream && j.plugin.Name != "" {
+	if c.stream && c.plugin.Name != "" {
 		return newError("stream_plugin_command_not_supported")
 	}
-	j.what, j.decided = c.snap.policy.decide(j.args)
-	return j.run()
+	return c.run(c.snap.policy.decide(c.args))
 }
 
-// pluginRoute runs what a plugin's own route leads to.
+// pluginRoute is a request for what a plugin's own route leads to.
 func (c *call) pluginRoute(p *plugin, template []string) *apiError {
-	if c.snap.disabled(p.Name) {
-		return newError("not_found")
-	}
-	if c.r.ContentLength != 0 {
-		return newError("unexpected_field").because("This route takes no body.")
-	}
 	argv, err := routeArgv(template, c.r.PathValue)
-	if err != nil {
+	switch {
+	case c.snap.disabled(p.Name):
+		return newError("not_found")
+	case c.r.ContentLength != 0:
+		return newError("unexpected_field").because("This route takes no body.")
+	case err != nil:
 		return newError("invalid_args").because("The path cannot be made a command: %v.", err)
 	}
-	j := &job{call: c, args: argv, plugin: p}
-	j.what, j.decided = p.approve(c.snap.policy, argv)
-	return j.run()
+	c.args, c.plugin = argv, p
+	return c.run(p.approve(c.snap.policy, argv))
 }
 
 // run takes a slot for the command, and in it runs the plugin's before hook, a second decision on what that made of it, the
 // command, and the after hook. It answers when the slot is free again.
-func (j *job) run() *apiError {
-	j.s.commands.Add(1)
-	defer j.s.commands.Add(-1)
-	if j.sent = j.args; !j.decided.Allowed {
-		return j.denied()
+func (c *call) run(what approved, by decision) *apiError {
+	c.s.commands.Add(1)
+	defer c.s.commands.Add(-1)
+	c.sent = c.args
+	if e := c.decided(what, by); e != nil {
+		return e
 	}
-	release, ok := j.s.runner.acquire(j.snap.MaxConcurrentExec)
-	if !ok && j.s.runner.shuttingDown() {
+	release, ok := c.s.runner.acquire(c.snap.MaxConcurrentExec)
+	if !ok && c.s.runner.shuttingDown() {
 		return newError("shutting_down")
 	} else if !ok {
 		return newError("too_many_concurrent_exec")
 	}
 	defer release()
-	j.SetReadDeadline(time.Time{}) // the request is whole; from here a read only watches for a disconnect
-	changed, e := j.hook("before", j.plugin.before)
+	c.SetReadDeadline(time.Time{}) // the request is whole; from here a read only watches for a disconnect
+	said, e := c.hook("before", c.plugin.before)
+	if e == nil && said.Args != nil {
+		c.args = said.Args
+		e = c.decided(c.plugin.approve(c.snap.policy, c.args))
+	}
+	if e == nil {
+		e = c.audited(nil)
+	}
+	if e == nil {
+		said, e = c.hook("after", c.plugin.after)
+	}
 	if e != nil {
 		return e
 	}
-	if changed.Args != nil {
-		j.args = changed.Args
-		if j.what, j.decided = j.plugin.approve(j.snap.policy, j.args); !j.decided.Allowed {
-			return j.denied()
-		}
-	}
-	if e := j.audited(nil); e != nil {
-		return e
-	}
-	if changed, e = j.hook("after", j.plugin.after); e != nil {
-		return e
-	}
 	release()
-	return j.answer(changed.Result)
+	c.answer(said.Result)
+	return nil
 }
 
-// hook runs one hook of the job's plugin, if it has that, in the job's slot. What it is told is free of the key. What did not
-// run to its end has no after.
-func (j *job) hook(which, file string) (said hookOutput, e *apiError) {
-	if file == "" || which == "after" && j.out.end != endExit {
+// decided keeps a decision about the command; a refusal is recorded.
+func (c *call) decided(what approved, by decision) *apiError {
+	if c.what, c.by = what, by; by.Allowed {
+		return nil
+	}
+	e := newError(map[string]string{"deny": "command_denied", "": "command_not_allowed"}[by.List])
+	e.Rule = by.Rule
+	r := c.record("exec_denied")
+	r.ACLDecision, r.DenialReason = "deny", e.Code
+	c.s.note(r)
+	return e
+}
+
+func (c *call) record(event string) auditRecord {
+	r := auditRecord{Event: event, RequestID: c.id, SourceIP: c.peer.String(), APIKeyID: c.s.start.key.id(), AuthSource: c.source,
+		Endpoint: c.r.URL.Path, Mode: cmp.Or(c.query.Get("mode"), "buffered"), Argv: c.args, Cwd: c.snap.cwd, Plugin: c.plugin.Name,
+		ACLDecision: "allow", Rule: c.by.Rule}
+	if !slices.Equal(c.args, c.sent) {
+		r.OriginalArgv = c.sent
+	}
+	return r
+}
+
+// hook runs one hook of the command's plugin, if it has that, in the command's slot. What it is told is free of the key. What did
+// not run to its end has no after.
+func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
+	if file == "" || which == "after" && c.out.end != endExit {
 		return said, nil
 	}
-	headers := maps.Clone(j.r.Header)
+	headers := maps.Clone(c.r.Header)
 	for _, name := range []string{"Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key"} {
 		if headers[name] != nil {
 			headers[name] = []string{redactedKey}
 		}
 	}
-	in := map[string]any{"args": j.args, "originalArgs": j.sent,
-		"request": map[string]any{"method": j.r.Method, "path": j.r.URL.Path, "query": j.query, "ip": j.peer.String(), "headers": headers}}
+	in := map[string]any{"args": c.args, "originalArgs": c.sent,
+		"request": map[string]any{"method": c.r.Method, "path": c.r.URL.Path, "query": c.query, "ip": c.peer.String(), "headers": headers}}
 	if which == "after" {
 		var result bytes.Buffer
-		j.writeOutcome(&result, j.ending())
+		last, _ := c.ending()
+		c.writeOutcome(&result, last)
 		in["result"] = json.RawMessage(result.Bytes())
 	}
-	said, err := j.plugin.runHook(which, in, func(what approved, stdin []byte) outcome {
-		h := &job{call: j.call, args: what.argv, sent: what.argv, what: what, plugin: j.plugin}
-		e = h.audited([]byte(j.s.redact(string(stdin))))
+	said, err := c.plugin.runHook(which, in, func(what approved, stdin []byte) outcome {
+		h := *c
+		h.args, h.sent, h.what, h.by = what.argv, what.argv, what, decision{}
+		e = h.audited([]byte(c.s.redact(string(stdin))))
 		return h.out
 	})
 	switch {
 	case e != nil:
-	case err != nil && j.s.runner.shuttingDown():
+	case err != nil && c.s.runner.shuttingDown():
 		e = newError("shutting_down")
 	case err != nil:
-		j.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", j.id, which, j.plugin.Name, err)
+		c.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", c.id, which, c.plugin.Name, err)
 		e = newError("plugin_" + which + "_error")
 	case said.Error != nil:
 		e = &apiError{status: said.Error.Status, Code: said.Error.Code, Message: said.Error.Message,
-			Hint: "The plugin " + j.plugin.Name + " answered so; read its document."}
+			Hint: "The plugin " + c.plugin.Name + " answered so; read its document."}
 	}
 	return said, e
 }
 
-// audited runs the job between its two records; if the first cannot be written, nothing runs. stdin is what a hook is told;
-// nil: no hook.
-func (j *job) audited(stdin []byte) *apiError {
-	s := j.snap
-	cmd := command{what: j.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits,
+// audited runs the command, or a hook, between its two records; if the first cannot be written, nothing runs. stdin is what a
+// hook is told; nil: no hook.
+func (c *call) audited(stdin []byte) *apiError {
+	s := c.snap
+	cmd := command{what: c.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits,
 		noNewPrivs: s.Exec.NoNewPrivileges, timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
 	if stdin != nil {
-		cmd.cred, cmd.env, cmd.cwd = nil, s.hookEnv, j.plugin.dir // a hook runs as the server's user, in nobody else's world
+		cmd.cred, cmd.env, cmd.cwd = nil, s.hookEnv, c.plugin.dir // a hook runs as the server's user, in nobody else's world
 	}
-	rec := j.record("exec_start")
-	rec.Cwd = cmd.cwd
-	if j.s.note(rec) != nil {
+	r := c.record("exec_start")
+	r.Cwd = cmd.cwd
+	if c.s.note(r) != nil {
 		return newError("audit_unavailable")
 	}
-	if j.stream {
-		cmd.sink, cmd.maxBytes = j, s.MaxStreamBytes
-		j.Header().Set("Content-Type", "application/x-ndjson")
-		if j.text {
-			j.Header().Set("Content-Type", "text/plain; charset=utf-8")
-			j.Header().Set("Trailer", "X-Exit-Code, X-Exec-Error")
+	if c.stream {
+		cmd.sink, cmd.maxBytes = c, s.MaxStreamBytes
+		c.Header().Set("Content-Type", "application/x-ndjson")
+		if c.text {
+			c.Header().Set("Content-Type", "text/plain; charset=utf-8")
+			c.Header().Set("Trailer", "X-Exit-Code, X-Exec-Error")
 		}
-		j.Write(nil)
-		j.Flush() // so that the client knows that the command runs
+		c.Write(nil)
+		c.Flush() // so that the client knows that the command runs
 	}
-	j.out = j.s.runner.run(j.r.Context(), cmd)
-	out, ms := &j.out, j.out.duration.Milliseconds()
-	rec.Event, rec.Reason, rec.Signal, rec.DurationMs = "exec_end", string(out.end), out.signal, &ms
-	rec.StdoutBytes, rec.StderrBytes = &out.stdoutBytes, &out.stderrBytes
+	c.out = c.s.runner.run(c.r.Context(), cmd)
+	out, ms := &c.out, c.out.duration.Milliseconds()
+	r.Event, r.Reason, r.Signal, r.DurationMs = "exec_end", string(out.end), out.signal, &ms
+	r.StdoutBytes, r.StderrBytes = &out.stdoutBytes, &out.stderrBytes
 	if out.exited {
-		rec.ExitCode = &out.exitCode
+		r.ExitCode = &out.exitCode
 	}
 	if out.end == endInternal {
-		j.s.log.Printf("request %s: the command could not be run: %q", j.id, out.err)
+		c.s.log.Printf("request %s: the command could not be run: %q", c.id, out.err)
 	}
-	j.s.note(rec)
+	c.s.note(r)
 	return nil
-}
-
-func (j *job) record(event string) auditRecord {
-	r := auditRecord{Event: event, RequestID: j.id, SourceIP: j.peer.String(), APIKeyID: j.s.start.key.id(), AuthSource: j.source,
-		Endpoint: j.r.URL.Path, Mode: cmp.Or(j.query.Get("mode"), "buffered"), Argv: j.args, Cwd: j.snap.cwd, Plugin: j.plugin.Name,
-		ACLDecision: "allow", Rule: j.decided.Rule}
-	if !slices.Equal(j.args, j.sent) {
-		r.OriginalArgv = j.sent
-	}
-	return r
-}
-
-func (j *job) denied() *apiError {
-	e := newError("command_not_allowed")
-	if j.decided.List == "deny" {
-		e = newError("command_denied")
-		e.Rule = j.decided.Rule
-	}
-	r := j.record("exec_denied")
-	r.ACLDecision, r.DenialReason = "deny", e.Code
-	j.s.note(r)
-	return e
 }
 
 // ending is what every answer of a command says after its output.
 type ending struct {
-	status    int    // of a buffered answer
 	ExitCode  *int   `json:"exitCode"`
 	Signal    string `json:"signal,omitempty"`
 	Status    string `json:"status"`
@@ -461,84 +449,82 @@ type ending struct {
 	Length    *int64 `json:"length,omitempty"`
 }
 
-// ending says how the command ended. Most ends are called what their error is.
-func (j *job) ending() ending {
-	out := &j.out
-	last := ending{status: 200, Status: "error", Duration: out.duration.Milliseconds(), Length: &out.stdoutBytes}
+// ending says how the command ended, and the status of a buffered answer. Most ends are called what their error is.
+func (c *call) ending() (last ending, status int) {
+	out, code := &c.out, string(c.out.end)
+	last = ending{Status: "error", Duration: out.duration.Milliseconds(), Length: &out.stdoutBytes}
+	if out.exited && (out.end == endExit || out.end == endStart) {
+		last.ExitCode = &out.exitCode
+	}
 	switch out.end {
 	case endExit:
 		if last.Signal = out.signal; out.exited && out.exitCode == 0 {
 			last.Status = "done"
 		}
+		return last, 200
 	case endStart:
-		code := map[int]string{126: "command_not_executable", 127: "command_not_found"}[out.exitCode]
-		last.apiError = newError(code).because("%s", j.s.redact(out.err.Error()))
+		code = map[int]string{126: "command_not_executable", 127: "command_not_found"}[out.exitCode]
 	case endOutput:
-		last.apiError = newError("max_stream_output_exceeded")
-		if !j.stream {
-			last.apiError = newError("max_output_exceeded")
-			last.MaxOutput = j.snap.MaxOutputBytes
-		}
-	default:
-		last.apiError = newError(string(out.end))
+		code = map[bool]string{false: "max_output_exceeded", true: "max_stream_output_exceeded"}[c.stream]
 	}
-	if last.apiError != nil {
-		last.status = last.apiError.status
+	last.apiError = newError(code)
+	if out.end == endStart {
+		last.Message = c.s.redact(out.err.Error())
+	} else if code == "max_output_exceeded" {
+		last.MaxOutput = c.snap.MaxOutputBytes
 	}
-	if out.exited && last.status == 200 { // else it ended so because it was told to
-		last.ExitCode = &out.exitCode
-	}
-	return last
+	return last, last.status
 }
 
 // answer tells how the command ended: with its output, or after it if that was streamed. result is what the after hook put in
 // its place.
-func (j *job) answer(result map[string]any) *apiError {
-	out, h, last := &j.out, j.Header(), j.ending()
-	if j.text && last.status == 200 { // as a shell says it
-		code := out.exitCode
-		if out.signalNumber > 0 {
-			code = 128 + out.signalNumber
-		}
+func (c *call) answer(result map[string]any) {
+	last, status := c.ending()
+	switch {
+	case c.text && (c.stream || status == 200):
+		c.answerText(last, status, result)
+	case c.stream:
+		c.output(1, nil, false) // half a character that stays half
+		c.output(2, nil, false)
+		last.Length = nil
+		fmt.Fprintf(c, "{\"output\":null,%s\n", marshal(last)[1:])
+	case result != nil:
+		c.json(200, result)
+	default:
+		c.Header().Set("Content-Type", "application/json")
+		c.WriteHeader(status)
+		c.writeOutcome(c, last)
+	}
+}
+
+// answerText tells it as a shell does: in full, or after what was streamed.
+func (c *call) answerText(last ending, status int, result map[string]any) {
+	h, shown, code := c.Header(), c.out.stdout, c.out.exitCode
+	h.Set("Content-Type", "text/plain; charset=utf-8")
+	if c.out.signalNumber > 0 {
+		code = 128 + c.out.signalNumber
+	}
+	if status == 200 {
 		h.Set("X-Exit-Code", strconv.Itoa(code))
 	}
-	switch {
-	case j.stream && j.text:
-		if last.apiError != nil {
-			h.Set("X-Exec-Error", last.Code)
-		}
-		j.Write(nil) // gives the trailers their time
-	case j.stream:
-		j.output(1, nil, false) // half a character that stays half
-		j.output(2, nil, false)
-		last.Length = nil
-		fmt.Fprintf(j, "{\"output\":null,%s\n", marshal(last)[1:])
-	case j.text && last.status == 200:
-		pieces := out.stdout
-		if result != nil {
-			text, _ := result["output"].(string)
-			pieces = chunks{[]byte(text)}
-		} else if last.apiError != nil {
-			pieces = chunks{[]byte(last.Message + "\n")}
-		} else if out.stdoutBytes == 0 {
-			pieces = out.stderr
-		}
-		h.Set("Content-Type", "text/plain; charset=utf-8")
-		for _, piece := range pieces {
-			j.Write(piece)
-		}
-	case result != nil:
-		return j.json(200, result)
-	default:
-		h.Set("Content-Type", "application/json")
-		j.WriteHeader(last.status)
-		j.writeOutcome(j, last)
+	if last.apiError != nil {
+		h.Set("X-Exec-Error", last.Code)
 	}
-	return nil
+	if result != nil {
+		text, _ := result["output"].(string)
+		shown = chunks{[]byte(text)}
+	} else if c.out.end == endStart {
+		shown = chunks{[]byte(last.Message + "\n")}
+	} else if len(shown) == 0 {
+		shown = c.out.stderr
+	}
+	for _, piece := range append(shown, nil) { // nothing, too, gives the trailers their time
+		c.Write(piece)
+	}
 }
 
 // writeOutcome encodes captured output piece by piece, so that a large one is never held twice.
-func (j *job) writeOutcome(w io.Writer, last ending) {
+func (c *call) writeOutcome(w io.Writer, last ending) {
 	text := func(head string, pieces chunks) {
 		var cut cutText
 		buf := []byte(head)
@@ -548,17 +534,17 @@ func (j *job) writeOutcome(w io.Writer, last ending) {
 			buf = buf[:0]
 		}
 	}
-	text(`{"output":"`, j.out.stdout)
-	if j.out.stderrBytes > 0 {
-		text(`","stderr":"`, j.out.stderr)
+	text(`{"output":"`, c.out.stdout)
+	if c.out.stderrBytes > 0 {
+		text(`","stderr":"`, c.out.stderr)
 	}
 	fmt.Fprintf(w, "\",%s\n", marshal(last)[1:])
 }
 
-// output makes a job the sink of its stream. Without p it says what is left of a cut character.
-func (j *job) output(stream int, p []byte, idle bool) error {
-	if !j.text {
-		text, length := j.cut[stream-1].escape(nil, p)
+// output makes a call the sink of its stream. Without p it says what is left of a cut character.
+func (c *call) output(stream int, p []byte, idle bool) error {
+	if !c.text {
+		text, length := c.cut[stream-1].escape(nil, p)
 		switch p = nil; {
 		case length > 0 && stream == 1:
 			p = fmt.Appendf(nil, "{\"output\":\"%s\",\"length\":%d,\"status\":\"running\"}\n", text, length)
@@ -566,10 +552,10 @@ func (j *job) output(stream int, p []byte, idle bool) error {
 			p = fmt.Appendf(nil, "{\"output\":null,\"stderr\":\"%s\",\"status\":\"running\"}\n", text)
 		}
 	}
-	if _, err := j.Write(p); err != nil || !idle {
+	if _, err := c.Write(p); err != nil || !idle {
 		return err
 	}
-	return j.Flush()
+	return c.Flush()
 }
 
 // cutText is the half of a character that a piece of output ends with. It waits for the next piece.
@@ -577,8 +563,8 @@ type cutText []byte
 
 // escape appends a piece as the inside of a JSON string, what is no UTF-8 as U+FFFD, and says how many bytes that were. After the
 // last piece it is called without one.
-func (c *cutText) escape(text, piece []byte) ([]byte, int) {
-	rest := slices.Concat(*c, piece)
+func (t *cutText) escape(text, piece []byte) ([]byte, int) {
+	rest := slices.Concat(*t, piece)
 	all := len(rest)
 	for len(rest) > 0 && (len(piece) == 0 || utf8.FullRune(rest)) {
 		r, size := utf8.DecodeRune(rest)
@@ -593,6 +579,6 @@ func (c *cutText) escape(text, piece []byte) ([]byte, int) {
 			text = utf8.AppendRune(text, r)
 		}
 	}
-	*c = rest
+	*t = rest
 	return text, all - len(rest)
 }

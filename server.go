@@ -29,17 +29,15 @@ import (
 )
 
 const (
-	headerTimeout        = 10 * time.Second       // for a request's head
-	requestTimeout       = 30 * time.Second       // for head and body
-	idleTimeout          = 120 * time.Second      // between two requests
-	writeTimeout         = 30 * time.Second       // for one write: a client that takes nothing for so long is gone
-	lingerTimeout        = 500 * time.Millisecond // for the rest of a body that nobody reads, so that its sender sees the answer
-	shutdownWait         = 10 * time.Second       // beyond killGraceMs, until the last command is answered
-	shutdownPause        = 10 * time.Millisecond  // between two looks whether it is
-	closeTimeout         = time.Second            // then, for what is on its way
-	maxHeadBytes         = 16 << 10               // of a request's head: net/http takes up to fifty times as much memory for one
-	maxRateClients       = 4096                   // whose rate is remembered
-	probeTime, probeBody = 5 * time.Second, 4096  // of an answer to probeServer: patience, bytes
+	headerTimeout, requestTimeout = 10 * time.Second, 30 * time.Second      // for a request's head; for all of it
+	idleTimeout                   = 120 * time.Second                       // between two requests
+	writeTimeout                  = 30 * time.Second                        // for one write: a client that takes nothing for so long is gone
+	lingerTimeout                 = 500 * time.Millisecond                  // for a body that nobody reads, so that its sender sees the answer
+	shutdownWait, shutdownPause   = 10 * time.Second, 10 * time.Millisecond // beyond killGraceMs, for the answers; between two looks
+	closeTimeout                  = time.Second                             // then, for what is on its way
+	maxHeadBytes                  = 16 << 10                                // net/http takes up to fifty times as much memory for a head
+	maxRateClients                = 4096                                    // whose rate is remembered
+	probeTime, probeBody          = 5 * time.Second, 4096                   // of an answer to probeServer: patience, bytes
 )
 
 // fixedHeaders are on every answer of ours. The slices are shared: replace them, never append.
@@ -167,7 +165,7 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 	return h.Close() // whoever is still there has not sent a whole request, or does not read
 }
 
-// call is one request on its way through the gates, and its answer.
+// call is one request on its way through the gates, the command that it asks for, and its answer.
 type call struct {
 	http.ResponseWriter
 	*http.ResponseController
@@ -179,10 +177,18 @@ type call struct {
 	query  url.Values // of an API route, checked
 	source string     // where the key was: header, bearer, query, none
 	keyed  bool       // the key is right
+
+	args, sent   []string // of the command: what will run, and what the request asked for
+	what         approved
+	by           decision
+	plugin       *plugin    // whose hooks stand around the command; nameless: none
+	stream, text bool       // mode, format
+	cut          [2]cutText // of a stream: standard output, standard error
+	out          outcome
 }
 
 func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	c := &call{ResponseWriter: w, ResponseController: http.NewResponseController(w), s: s, r: r, id: rand.Text()}
+	c := &call{ResponseWriter: w, ResponseController: http.NewResponseController(w), s: s, r: r, id: rand.Text(), plugin: &plugin{}}
 	maps.Copy(w.Header(), fixedHeaders)
 	w.Header()["X-Request-Id"] = []string{c.id}
 	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) { // until readArgs has read the body to its end
@@ -343,9 +349,7 @@ func (l *limiter) take(peer netip.Addr, keyed bool, now time.Time) bool {
 // checkQuery admits only the parameters that the route knows, each once.
 func (c *call) checkQuery() *apiError {
 	query, err := url.ParseQuery(c.r.URL.RawQuery)
-	if err != nil {
-		return newError("invalid_query")
-	}
+	c.query = query
 	for name, values := range query {
 		key := name == "apiKey" && c.s.start.allowQueryKey // findKey has looked at it
 		known := c.r.URL.Path == "/api/exec" && slices.Contains(execParameters, name+"="+values[0])
@@ -353,17 +357,19 @@ func (c *call) checkQuery() *apiError {
 			return newError("invalid_query").because("The query parameter %q is unknown here, repeated, or has a bad value.", name)
 		}
 	}
-	c.query = query
+	if err != nil {
+		return newError("invalid_query")
+	}
 	return nil
 }
 
 // readArgs is the body gate. It reads the body to its end: only then does net/http notice that the client has gone.
 func (c *call) readArgs() ([]string, *apiError) {
 	kind, _, err := mime.ParseMediaType(c.r.Header.Get("Content-Type"))
-	if err != nil || kind != "application/json" {
+	switch {
+	case err != nil || kind != "application/json":
 		return nil, newError("unsupported_media_type")
-	}
-	if c.r.ContentLength > c.s.maxBody {
+	case c.r.ContentLength > c.s.maxBody:
 		return nil, newError("body_too_large") // also before a 100 Continue asks for it
 	}
 	data, err := io.ReadAll(c.r.Body) // no more than its length says
