@@ -8,7 +8,6 @@ import (
 	"cmp"
 	"embed"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"html"
 	"io"
@@ -59,19 +58,16 @@ func skillText(name string) string {
 	return string(text)
 }
 
-func newError(code string) *apiError {
+// newError has a message of its own where there is more to say.
+func newError(code string, because ...any) *apiError {
 	e := errorTexts[code]
+	if because != nil {
+		e.Message = fmt.Sprint(because...)
+	}
 	return &e
 }
 
-// because replaces the message where there is more to say.
-func (e *apiError) because(format string, args ...any) *apiError {
-	e.Message = fmt.Sprintf(format, args...)
-	return e
-}
-
 func (c *call) fail(e *apiError) {
-	c.Header().Set("Cache-Control", "no-store")
 	if e.Retryable {
 		c.Header().Set("Retry-After", strconv.Itoa(e.wait))
 	}
@@ -125,9 +121,7 @@ func (c *call) pluginList() *apiError {
 
 // document is one of the texts that agents read.
 type document struct {
-	plugin            string // whose it is; "": built in
-	name, description string
-	markdown          string
+	plugin, name, description, text string // plugin: whose it is; "": built in
 }
 
 // readDocuments gives every document by its path. No plugin's hides one that is built in.
@@ -166,7 +160,7 @@ func frontmatter(doc []byte) (name, description string, err error) {
 		found[string(m[1])] = string(m[2])
 	}
 	if found["name"] == "" || found["description"] == "" {
-		err = errors.New("it must begin with frontmatter: name and description, each on one line, between two lines of ---")
+		err = fmt.Errorf("it must begin with frontmatter: name and description, each on one line, between two lines of ---")
 	}
 	return found["name"], found["description"], err
 }
@@ -185,7 +179,7 @@ func (c *call) skill() *apiError {
 	if !ok || c.snap.disabled(d.plugin) {
 		return newError("not_found")
 	}
-	return c.document(d.markdown)
+	return c.document(d.text)
 }
 
 func (c *call) skillIndex() *apiError {
@@ -241,47 +235,42 @@ func (c *call) prefers(offers ...string) string {
 func parseExecBody(data []byte) (args []string, e *apiError) {
 	body, err := parseStrict(data)
 	if err != nil {
-		return nil, newError("invalid_json").because("The body is not valid JSON, at line:column %v.", err)
-	} else if body.kind != '{' {
-		return nil, newError("invalid_json")
+		return nil, newError("invalid_json", "The body is not valid JSON, at line:column ", err, ".")
 	}
 	args = nodeStrings(cmp.Or(body.get("args"), &node{}))
 	others := slices.DeleteFunc(body.keys, func(key string) bool { return key == "args" })
-	if len(others) > 0 {
+	switch err = checkArgv(args); {
+	case body.kind != '{':
+		return nil, newError("invalid_json")
+	case len(others) > 0:
 		e = newError("unexpected_field")
 		e.Fields = others
-	} else if args == nil {
-		e = newError("invalid_args")
-	} else if err := checkArgv(args); err != nil {
-		e = newError("invalid_args").because("args cannot be run: %v.", err)
+		return nil, e
+	case args == nil:
+		return nil, newError("invalid_args")
+	case err != nil:
+		return nil, newError("invalid_args", "args cannot be run: ", err, ".")
 	}
-	return args, e
+	return args, nil
 }
 
 func (c *call) aclCheck() *apiError {
-	args, e := c.readArgs()
-	if e != nil {
-		return e
-	}
-	_, d := c.snap.policy.decide(args)
+	_, d := c.snap.policy.decide(c.args)
 	return c.json(200, d)
 }
 
 // exec is a request for one command.
-func (c *call) exec() (e *apiError) {
+func (c *call) exec() *apiError {
 	c.stream, c.text = c.query.Get("mode") == "stream", c.query.Get("format") == "text"
-	if c.stream && c.text && !c.r.ProtoAtLeast(1, 1) {
-		return newError("http_version_not_supported")
-	}
-	if c.args, e = c.readArgs(); e != nil {
-		return e
-	}
 	for _, p := range c.s.plugins {
 		if p.before+p.after != "" && p.sees(c.args) && !c.snap.disabled(p.Name) {
 			c.plugin = p
 		}
 	}
-	if c.stream && c.plugin.Name != "" {
+	switch {
+	case c.stream && c.text && !c.r.ProtoAtLeast(1, 1):
+		return newError("http_version_not_supported")
+	case c.stream && c.plugin.Name != "":
 		return newError("stream_plugin_command_not_supported")
 	}
 	return c.run(c.snap.policy.decide(c.args))
@@ -294,16 +283,15 @@ func (c *call) pluginRoute(p *plugin, template []string) *apiError {
 	case c.snap.disabled(p.Name):
 		return newError("not_found")
 	case c.r.ContentLength != 0:
-		return newError("unexpected_field").because("This route takes no body.")
+		return newError("unexpected_field", "This route takes no body.")
 	case err != nil:
-		return newError("invalid_args").because("The path cannot be made a command: %v.", err)
+		return newError("invalid_args", "The path cannot be made a command: ", err, ".")
 	}
 	c.args, c.plugin = argv, p
 	return c.run(p.approve(c.snap.policy, argv))
 }
 
-// run takes a slot for the command, and in it runs the plugin's before hook, a second decision on what that made of it, the
-// command, and the after hook. It answers when the slot is free again.
+// run takes a slot, and in it runs the before hook, a second decision on what that made, the command, and the after hook. Then it answers.
 func (c *call) run(what approved, by decision) *apiError {
 	c.s.commands.Add(1)
 	defer c.s.commands.Add(-1)
@@ -340,7 +328,7 @@ func (c *call) run(what approved, by decision) *apiError {
 
 // decided keeps a decision about the command; a refusal is recorded.
 func (c *call) decided(what approved, by decision) *apiError {
-	if c.what, c.by = what, by; by.Allowed {
+	if c.what, c.decision = what, by; by.Allowed {
 		return nil
 	}
 	e := newError(map[string]string{"deny": "command_denied", "": "command_not_allowed"}[by.List])
@@ -354,15 +342,14 @@ func (c *call) decided(what approved, by decision) *apiError {
 func (c *call) record(event string) auditRecord {
 	r := auditRecord{Event: event, RequestID: c.id, SourceIP: c.peer.String(), APIKeyID: c.s.start.key.id(), AuthSource: c.source,
 		Endpoint: c.r.URL.Path, Mode: cmp.Or(c.query.Get("mode"), "buffered"), Argv: c.args, Cwd: c.snap.cwd, Plugin: c.plugin.Name,
-		ACLDecision: "allow", Rule: c.by.Rule}
+		ACLDecision: "allow", Rule: c.decision.Rule}
 	if !slices.Equal(c.args, c.sent) {
 		r.OriginalArgv = c.sent
 	}
 	return r
 }
 
-// hook runs one hook of the command's plugin, if it has that, in the command's slot. What it is told is free of the key. What did
-// not run to its end has no after.
+// hook runs one hook of the plugin, if it has that. It is told nothing of keys. What did not run to its end has no after.
 func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
 	if file == "" || which == "after" && c.out.end != endExit {
 		return said, nil
@@ -383,7 +370,7 @@ func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
 	}
 	said, err := c.plugin.runHook(which, in, func(what approved, stdin []byte) outcome {
 		h := *c
-		h.args, h.sent, h.what, h.by = what.argv, what.argv, what, decision{}
+		h.args, h.sent, h.what, h.decision = what.argv, what.argv, what, decision{}
 		e = h.audited([]byte(c.s.redact(string(stdin))))
 		return h.out
 	})
@@ -401,8 +388,7 @@ func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
 	return said, e
 }
 
-// audited runs the command, or a hook, between its two records; if the first cannot be written, nothing runs. stdin is what a
-// hook is told; nil: no hook.
+// audited runs a command, or a hook with its stdin, between two records; if the first cannot be written, nothing runs.
 func (c *call) audited(stdin []byte) *apiError {
 	s := c.snap
 	cmd := command{what: c.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits,
@@ -476,8 +462,7 @@ func (c *call) ending() (last ending, status int) {
 	return last, last.status
 }
 
-// answer tells how the command ended: with its output, or after it if that was streamed. result is what the after hook put in
-// its place.
+// answer tells how the command ended, with its output if that was not streamed, or with the result that the after hook put in its place.
 func (c *call) answer(result map[string]any) {
 	last, status := c.ending()
 	switch {
@@ -561,8 +546,7 @@ func (c *call) output(stream int, p []byte, idle bool) error {
 // cutText is the half of a character that a piece of output ends with. It waits for the next piece.
 type cutText []byte
 
-// escape appends a piece as the inside of a JSON string, what is no UTF-8 as U+FFFD, and says how many bytes that were. After the
-// last piece it is called without one.
+// escape appends a piece as the inside of a JSON string, what is no UTF-8 as U+FFFD, and counts its bytes. No piece: it was the last.
 func (t *cutText) escape(text, piece []byte) ([]byte, int) {
 	rest := slices.Concat(*t, piece)
 	all := len(rest)

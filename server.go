@@ -45,6 +45,7 @@ var fixedHeaders = http.Header{
 	"X-Content-Type-Options":  {"nosniff"},
 	"Content-Security-Policy": {"default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"},
 	"Referrer-Policy":         {"no-referrer"},
+	"Cache-Control":           {"no-store"},
 }
 
 // route answers a request that has passed the gates, or gives the error to answer it with.
@@ -59,21 +60,18 @@ func (f route) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
 
 // routes is every path there is, but those of plugins. All under /api/ and /private/ need the key.
 var routes = map[string]route{
-	"GET /ping":                           func(c *call) *apiError { return c.json(200, map[string]string{"status": "ok", "version": version}) },
 	"GET /{$}":                            (*call).rootGuide,
 	"GET /SKILL.md":                       (*call).skill,
 	"GET /skills":                         (*call).skillIndex,
 	"GET /skills/{name}/SKILL.md":         (*call).skill,
 	"GET /private/skills/{name}/SKILL.md": (*call).skill,
 	"GET /private/skills/{name}/references/{file}": (*call).skill,
+	"GET /ping":           func(c *call) *apiError { return c.json(200, map[string]string{"status": "ok", "version": version}) },
 	"GET /api/acl":        (*call).acl,
 	"POST /api/acl/check": (*call).aclCheck,
 	"GET /api/plugins":    (*call).pluginList,
 	"POST /api/exec":      (*call).exec,
 }
-
-// execParameters is every query that POST /api/exec knows.
-var execParameters = []string{"mode=buffered", "mode=stream", "format=json", "format=text"}
 
 // server is one listening aexec.
 type server struct {
@@ -84,15 +82,13 @@ type server struct {
 	plugins         []*plugin // loaded and valid; snapshot.disabled says which are off now
 	log             *log.Logger
 	stall, patience time.Duration // writeTimeout, requestTimeout, but less in tests
-
-	// What prepare makes:
-	address   string // what it listens on, host:port
-	maxBody   int64
-	mux       *http.ServeMux
-	documents map[string]document // by path
-	limits    limiter
-	parsing   sync.Mutex   // one body at a time is taken apart: it can need a hundred times its size
-	commands  atomic.Int64 // that are not answered yet
+	address         string        // what it listens on, host:port; this and what follows prepare makes
+	maxBody         int64
+	mux             *http.ServeMux
+	documents       map[string]document // by path
+	limits          limiter
+	parsing         sync.Mutex   // one body at a time is taken apart: it can need a hundred times its size
+	commands        atomic.Int64 // that are not answered yet
 }
 
 // listen binds host:port (port 0: any free one). The error says what to do.
@@ -180,7 +176,7 @@ type call struct {
 
 	args, sent   []string // of the command: what will run, and what the request asked for
 	what         approved
-	by           decision
+	decision     decision
 	plugin       *plugin    // whose hooks stand around the command; nameless: none
 	stream, text bool       // mode, format
 	cut          [2]cutText // of a stream: standard output, standard error
@@ -228,18 +224,13 @@ func (c *call) gates() *apiError {
 	if news {
 		c.s.announce(snap, err)
 	}
+	peer, _ := netip.ParseAddrPort(c.r.RemoteAddr) // net/http's own: there is no error
+	c.snap, c.peer = snap, peer.Addr().Unmap().WithZone("")
 	if err != nil {
 		return newError("settings_invalid")
-	}
-	c.snap = snap
-	peer, err := netip.ParseAddrPort(c.r.RemoteAddr)
-	if c.peer = peer.Addr().Unmap().WithZone(""); err != nil || !snap.ipAllowed(c.peer) {
+	} else if !snap.ipAllowed(c.peer) {
 		return newError("ip_denied")
-	}
-	if c.findKey(); c.keyed {
-		c.Header().Set("Cache-Control", "no-store")
-	}
-	if !c.s.limits.take(c.peer, c.keyed, time.Now()) {
+	} else if c.findKey(); !c.s.limits.take(c.peer, c.keyed, time.Now()) {
 		e := newError("rate_limited")
 		e.wait += int(c.s.limits.every / time.Second) // rounded up
 		return e
@@ -259,10 +250,13 @@ func (c *call) gates() *apiError {
 			return newError("method_not_allowed")
 		}
 		return newError("not_found")
-	case api:
-		return c.checkQuery()
+	case !api:
+		return nil
 	}
-	return nil
+	if e := c.checkQuery(); e != nil || c.r.Method != "POST" || command {
+		return e
+	}
+	return c.readArgs()
 }
 
 // silent takes only the headers of an answer.
@@ -322,8 +316,7 @@ func (c *call) findKey() {
 	c.keyed = right && c.source != "none"
 }
 
-// limiter is a token bucket for each client: an address (of IPv6 the /64, which is what one client has), with the key or without
-// it, so that nobody without can lock an agent out.
+// limiter is a token bucket for each client: an address (of IPv6 the /64), with the key or without, who cannot lock an agent out.
 type limiter struct {
 	mu      sync.Mutex
 	every   time.Duration // for one more token
@@ -350,11 +343,11 @@ func (l *limiter) take(peer netip.Addr, keyed bool, now time.Time) bool {
 func (c *call) checkQuery() *apiError {
 	query, err := url.ParseQuery(c.r.URL.RawQuery)
 	c.query = query
+	known := []string{"mode=buffered", "mode=stream", "format=json", "format=text"}
 	for name, values := range query {
-		key := name == "apiKey" && c.s.start.allowQueryKey // findKey has looked at it
-		known := c.r.URL.Path == "/api/exec" && slices.Contains(execParameters, name+"="+values[0])
-		if len(values) > 1 || !key && !known {
-			return newError("invalid_query").because("The query parameter %q is unknown here, repeated, or has a bad value.", name)
+		ok := c.r.URL.Path == "/api/exec" && slices.Contains(known, name+"="+values[0])
+		if len(values) > 1 || !ok && (name != "apiKey" || !c.s.start.allowQueryKey) { // findKey has looked at that
+			return newError("invalid_query", fmt.Sprintf("The query parameter %q is unknown here, repeated, or has a bad value.", name))
 		}
 	}
 	if err != nil {
@@ -364,24 +357,25 @@ func (c *call) checkQuery() *apiError {
 }
 
 // readArgs is the body gate. It reads the body to its end: only then does net/http notice that the client has gone.
-func (c *call) readArgs() ([]string, *apiError) {
+func (c *call) readArgs() (e *apiError) {
 	kind, _, err := mime.ParseMediaType(c.r.Header.Get("Content-Type"))
 	switch {
 	case err != nil || kind != "application/json":
-		return nil, newError("unsupported_media_type")
+		return newError("unsupported_media_type")
 	case c.r.ContentLength > c.s.maxBody:
-		return nil, newError("body_too_large") // also before a 100 Continue asks for it
+		return newError("body_too_large") // also before a 100 Continue asks for it
 	}
 	data, err := io.ReadAll(c.r.Body) // no more than its length says
 	if err != nil {
-		return nil, newError("invalid_request")
+		return newError("invalid_request")
 	}
 	if c.r.ProtoAtLeast(1, 1) {
 		c.Header().Del("Connection")
 	}
 	c.s.parsing.Lock()
 	defer c.s.parsing.Unlock()
-	return parseExecBody(data)
+	c.args, e = parseExecBody(data)
+	return e
 }
 
 // probeServer asks a server for one path, and gives the status and the beginning of the body.
