@@ -82,13 +82,17 @@ func (c *call) json(status int, v any) *apiError {
 	return nil
 }
 
-// marshal leaves <, > and & as they are: agents read the text, browsers are told not to.
 func marshal(v any) []byte {
 	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
+	encode(&b, v)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
+
+// encode leaves <, > and & as they are: agents read the text, browsers are told not to.
+func encode(b *bytes.Buffer, v any) {
+	enc := json.NewEncoder(b)
 	enc.SetEscapeHTML(false)
 	enc.Encode(v) // our own types encode, so there is no error
-	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
 func (c *call) acl() *apiError {
@@ -364,13 +368,12 @@ func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
 		"request": map[string]any{"method": c.r.Method, "path": c.r.URL.Path, "query": c.query, "ip": c.peer.String(), "headers": headers}}
 	if which == "after" {
 		var result bytes.Buffer
-		last, _ := c.ending()
-		c.writeOutcome(&result, last)
+		c.writeOutcome(&result)
 		in["result"] = json.RawMessage(result.Bytes())
 	}
 	said, err := c.plugin.runHook(which, in, func(what approved, stdin []byte) outcome {
 		h := *c
-		h.args, h.sent, h.what, h.decision = what.argv, what.argv, what, decision{}
+		h.args, h.sent, h.what, h.decision, h.out = what.argv, what.argv, what, decision{}, outcome{}
 		e = h.audited([]byte(c.s.redact(string(stdin))))
 		return h.out
 	})
@@ -478,7 +481,7 @@ func (c *call) answer(result map[string]any) {
 	default:
 		c.Header().Set("Content-Type", "application/json")
 		c.WriteHeader(status)
-		c.writeOutcome(c, last)
+		c.writeOutcome(c)
 	}
 }
 
@@ -509,27 +512,27 @@ func (c *call) answerText(last ending, status int, result map[string]any) {
 }
 
 // writeOutcome encodes captured output piece by piece, so that a large one is never held twice.
-func (c *call) writeOutcome(w io.Writer, last ending) {
+func (c *call) writeOutcome(w io.Writer) {
 	text := func(head string, pieces chunks) {
-		var cut cutText
-		buf := []byte(head)
+		var t jsonText
+		io.WriteString(w, head)
 		for _, piece := range append(pieces, nil) {
-			buf, _ = cut.escape(buf, piece)
-			w.Write(buf)
-			buf = buf[:0]
+			escaped, _ := t.next(piece)
+			w.Write(escaped)
 		}
 	}
 	text(`{"output":"`, c.out.stdout)
 	if c.out.stderrBytes > 0 {
 		text(`","stderr":"`, c.out.stderr)
 	}
+	last, _ := c.ending()
 	fmt.Fprintf(w, "\",%s\n", marshal(last)[1:])
 }
 
 // output makes a call the sink of its stream. Without p it says what is left of a cut character.
 func (c *call) output(stream int, p []byte, idle bool) error {
 	if !c.text {
-		text, length := c.cut[stream-1].escape(nil, p)
+		text, length := c.parts[stream-1].next(p)
 		switch p = nil; {
 		case length > 0 && stream == 1:
 			p = fmt.Appendf(nil, "{\"output\":\"%s\",\"length\":%d,\"status\":\"running\"}\n", text, length)
@@ -543,26 +546,23 @@ func (c *call) output(stream int, p []byte, idle bool) error {
 	return c.Flush()
 }
 
-// cutText is the half of a character that a piece of output ends with. It waits for the next piece.
-type cutText []byte
+// jsonText is output on its way into a JSON string, piece by piece. Half a character at the end of a piece waits for the next.
+type jsonText struct {
+	held []byte
+	buf  bytes.Buffer
+}
 
-// escape appends a piece as the inside of a JSON string, what is no UTF-8 as U+FFFD, and counts its bytes. No piece: it was the last.
-func (t *cutText) escape(text, piece []byte) ([]byte, int) {
-	rest := slices.Concat(*t, piece)
-	all := len(rest)
-	for len(rest) > 0 && (len(piece) == 0 || utf8.FullRune(rest)) {
-		r, size := utf8.DecodeRune(rest)
-		switch rest = rest[size:]; {
-		case r == '"' || r == '\\':
-			text = append(text, '\\', byte(r))
-		case r == '\n':
-			text = append(text, `\n`...)
-		case r < ' ':
-			text = fmt.Appendf(text, `\u%04x`, r)
-		default:
-			text = utf8.AppendRune(text, r)
+// next gives what is whole as the inside of that string, what is no UTF-8 as U+FFFD, and counts its bytes. No piece: it was the last.
+func (t *jsonText) next(piece []byte) (text []byte, length int) {
+	t.held = append(t.held, piece...)
+	length = len(t.held)
+	for n := 1; n < utf8.UTFMax && n <= len(t.held) && len(piece) > 0; n++ {
+		if !utf8.FullRune(t.held[len(t.held)-n:]) {
+			length = len(t.held) - n
 		}
 	}
-	*t = rest
-	return text, all - len(rest)
+	t.buf.Reset() // and use it again: a flood of output is many pieces
+	encode(&t.buf, string(t.held[:length]))
+	t.held = append(t.held[:0], t.held[length:]...)
+	return t.buf.Bytes()[1 : t.buf.Len()-2], length
 }

@@ -177,9 +177,9 @@ type call struct {
 	args, sent   []string // of the command: what will run, and what the request asked for
 	what         approved
 	decision     decision
-	plugin       *plugin    // whose hooks stand around the command; nameless: none
-	stream, text bool       // mode, format
-	cut          [2]cutText // of a stream: standard output, standard error
+	plugin       *plugin     // whose hooks stand around the command; nameless: none
+	stream, text bool        // mode, format
+	parts        [2]jsonText // of a stream: standard output, standard error
 	out          outcome
 }
 
