@@ -440,7 +440,7 @@ type ending struct {
 
 // ending says how the command ended, and the status of a buffered answer. Most ends are called what their error is.
 func (c *call) ending() (last ending, status int) {
-	out, code := &c.out, string(c.out.end)
+	out := &c.out
 	last = ending{Status: "error", Duration: out.duration.Milliseconds(), Length: &out.stdoutBytes}
 	if out.exited && (out.end == endExit || out.end == endStart) {
 		last.ExitCode = &out.exitCode
@@ -452,15 +452,16 @@ func (c *call) ending() (last ending, status int) {
 		}
 		return last, 200
 	case endStart:
-		code = map[int]string{126: "command_not_executable", 127: "command_not_found"}[out.exitCode]
+		code := map[int]string{126: "command_not_executable", 127: "command_not_found"}[out.exitCode]
+		last.apiError = newError(code, c.s.redact(out.err.Error()))
 	case endOutput:
-		code = map[bool]string{false: "max_output_exceeded", true: "max_stream_output_exceeded"}[c.stream]
-	}
-	last.apiError = newError(code)
-	if out.end == endStart {
-		last.Message = c.s.redact(out.err.Error())
-	} else if code == "max_output_exceeded" {
-		last.MaxOutput = c.snap.MaxOutputBytes
+		last.apiError = newError("max_stream_output_exceeded")
+		if !c.stream {
+			last.apiError = newError("max_output_exceeded")
+			last.MaxOutput = c.snap.MaxOutputBytes
+		}
+	default:
+		last.apiError = newError(string(out.end))
 	}
 	return last, last.status
 }
@@ -468,9 +469,30 @@ func (c *call) ending() (last ending, status int) {
 // answer tells how the command ended, with its output if that was not streamed, or with the result that the after hook put in its place.
 func (c *call) answer(result map[string]any) {
 	last, status := c.ending()
+	shown, code := c.out.stdout, c.out.exitCode // of a text, as a shell tells it
+	switch text, _ := result["output"].(string); {
+	case result != nil:
+		shown = chunks{[]byte(text)}
+	case c.out.end == endStart:
+		shown = chunks{[]byte(last.Message + "\n")}
+	case len(shown) == 0:
+		shown = c.out.stderr
+	}
+	if c.out.signalNumber > 0 {
+		code = 128 + c.out.signalNumber
+	}
+	if last.apiError != nil {
+		c.Header().Set("X-Exec-Error", last.Code)
+	}
+	if status == 200 {
+		c.Header().Set("X-Exit-Code", strconv.Itoa(code))
+	}
 	switch {
 	case c.text && (c.stream || status == 200):
-		c.answerText(last, status, result)
+		c.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		for _, piece := range append(shown, nil) { // nothing, too, gives the trailers their time
+			c.Write(piece)
+		}
 	case c.stream:
 		c.output(1, nil, false) // half a character that stays half
 		c.output(2, nil, false)
@@ -482,32 +504,6 @@ func (c *call) answer(result map[string]any) {
 		c.Header().Set("Content-Type", "application/json")
 		c.WriteHeader(status)
 		c.writeOutcome(c)
-	}
-}
-
-// answerText tells it as a shell does: in full, or after what was streamed.
-func (c *call) answerText(last ending, status int, result map[string]any) {
-	h, shown, code := c.Header(), c.out.stdout, c.out.exitCode
-	h.Set("Content-Type", "text/plain; charset=utf-8")
-	if c.out.signalNumber > 0 {
-		code = 128 + c.out.signalNumber
-	}
-	if status == 200 {
-		h.Set("X-Exit-Code", strconv.Itoa(code))
-	}
-	if last.apiError != nil {
-		h.Set("X-Exec-Error", last.Code)
-	}
-	if result != nil {
-		text, _ := result["output"].(string)
-		shown = chunks{[]byte(text)}
-	} else if c.out.end == endStart {
-		shown = chunks{[]byte(last.Message + "\n")}
-	} else if len(shown) == 0 {
-		shown = c.out.stderr
-	}
-	for _, piece := range append(shown, nil) { // nothing, too, gives the trailers their time
-		c.Write(piece)
 	}
 }
 
