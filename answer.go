@@ -263,7 +263,6 @@ func (c *call) aclCheck() *apiError {
 	return c.json(200, d)
 }
 
-// exec is a request for one command.
 func (c *call) exec() *apiError {
 	c.stream, c.text = c.query.Get("mode") == "stream", c.query.Get("format") == "text"
 	for _, p := range c.s.plugins {

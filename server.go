@@ -51,12 +51,7 @@ var fixedHeaders = http.Header{
 // route answers a request that has passed the gates, or gives the error to answer it with.
 type route func(*call) *apiError
 
-func (f route) ServeHTTP(w http.ResponseWriter, _ *http.Request) {
-	c := w.(*call)
-	if e := f(c); e != nil {
-		c.fail(e)
-	}
-}
+func (f route) ServeHTTP(w http.ResponseWriter, _ *http.Request) { w.(*call).failure = f(w.(*call)) }
 
 // routes is every path there is, but those of plugins. All under /api/ and /private/ need the key.
 var routes = map[string]route{
@@ -165,14 +160,15 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 type call struct {
 	http.ResponseWriter
 	*http.ResponseController
-	s      *server
-	r      *http.Request
-	snap   *snapshot // the one under which all of the request is decided and run
-	id     string
-	peer   netip.Addr
-	query  url.Values // of an API route, checked
-	source string     // where the key was: header, bearer, query, none
-	keyed  bool       // the key is right
+	s       *server
+	r       *http.Request
+	snap    *snapshot // the one under which all of the request is decided and run
+	id      string
+	peer    netip.Addr
+	query   url.Values // of an API route, checked
+	source  string     // where the key was: header, bearer, query, none
+	keyed   bool       // the key is right
+	failure *apiError  // nil: it is answered
 
 	args, sent   []string // of the command: what will run, and what the request asked for
 	what         approved
@@ -190,10 +186,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) { // until readArgs has read the body to its end
 		w.Header().Set("Connection", "close") // net/http ignores a Transfer-Encoding in HTTP/1.0: what follows may be the body
 	}
-	if e := c.gates(); e != nil {
-		c.fail(e)
-	} else {
+	if c.failure = c.gates(); c.failure == nil {
 		s.mux.ServeHTTP(c, r)
+	}
+	if c.failure != nil {
+		c.fail(c.failure)
 	}
 	if w.Header().Get("Connection") == "close" {
 		c.SetReadDeadline(time.Now().Add(lingerTimeout))
@@ -305,15 +302,14 @@ func (c *call) findKey() {
 			bearer = append(bearer, strings.TrimSpace(token))
 		}
 	}
-	right := true
-	c.source = "none"
+	c.source, c.keyed = "none", true
 	for i, keys := range [][]string{query, bearer, c.r.Header["X-Api-Key"]} {
 		if len(keys) > 0 {
 			c.source = []string{"query", "bearer", "header"}[i]
-			right = right && len(keys) == 1 && c.s.start.key.matches(keys[0])
+			c.keyed = c.keyed && len(keys) == 1 && c.s.start.key.matches(keys[0])
 		}
 	}
-	c.keyed = right && c.source != "none"
+	c.keyed = c.keyed && c.source != "none"
 }
 
 // limiter is a token bucket for each client: an address (of IPv6 the /64), with the key or without, who cannot lock an agent out.
