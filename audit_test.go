@@ -181,7 +181,7 @@ func TestAuditTampering(t *testing.T) {
 			return join(l[0], l[1], l[2], four, five)
 		}, 4},
 		{"beginning forged", func(l []string) string { l[0] = strings.Replace(l[0], noPrev[:4], "1111", 1); return l[0] }, 1},
-		{"longer than any record", func(l []string) string { return join(l[0], strings.Repeat("x", maxAuditLine), "\n", l[1]) }, 2},
+		{"longer than any record", func(l []string) string { return join(l[0], strings.Repeat("x", maxAuditRead), "\n", l[1]) }, 2},
 		{"beginning cut off: as rotated", func(l []string) string { return join(l[2], l[3], l[4]) }, 0},
 		{"torn at the end", func(l []string) string { return join(l...) + l[4][:20] }, 0},
 		{"end cut off: only the head tells", func(l []string) string { return join(l[0], l[1]) }, 0},
