@@ -199,20 +199,14 @@ func globMatch(parts []string, s string) bool {
 	return ok && strings.HasSuffix(s, parts[last])
 }
 
-// view is a command under one of its names: its arguments, and these joined.
-type view struct {
-	argv   []string
-	joined string
-}
-
-func (r *rule) matches(v view) bool {
+// matches looks at a command under one of its names, at its further arguments, and at all joined.
+func (r *rule) matches(name string, args []string, joined string) bool {
 	if r.Rule.Argv == nil { // joined, "git init x" is a name or git with two arguments: only an argv rule can tell them apart
-		return r.words[0](v.joined) && !(r.by.Allowed && strings.ContainsFunc(v.argv[0], spaceOrControl))
+		return r.words[0](joined) && !(r.by.Allowed && strings.ContainsFunc(name, spaceOrControl))
 	}
-	n := len(r.words)
-	more := len(r.Rule.Argv) > n // "..." admits further arguments
-	return len(v.argv) >= n && (more || len(v.argv) == n) &&
-		slices.EqualFunc(r.words, v.argv[:n], func(matches func(string) bool, arg string) bool { return matches(arg) })
+	n, more := len(r.words)-1, len(r.Rule.Argv) > len(r.words) // "..." admits further arguments
+	return r.words[0](name) && len(args) >= n && (more || len(args) == n) &&
+		slices.EqualFunc(r.words[1:], args[:n], func(matches func(string) bool, arg string) bool { return matches(arg) })
 }
 
 func spaceOrControl(c rune) bool { return unicode.IsSpace(c) || unicode.IsControl(c) }
@@ -242,16 +236,15 @@ func (p policy) decide(argv []string) (approved, decision) {
 	if other := map[string]string{"ae": "aexec", "aexec": "ae"}[base]; other != "" {
 		names = append(names, dir+other, other)
 	}
-	var views []view
-	for _, name := range slices.Compact(names) {
-		words := slices.Concat([]string{name}, argv[1:])
-		views = append(views, view{words, strings.Join(words, " ")})
-	}
+	names, rest := slices.Compact(names), strings.Join(argv, " ")[len(argv[0]):]
+	joined := each(names, func(name string) string { return name + rest })
 	for _, r := range p {
-		if r.by.Allowed && r.matches(views[0]) {
-			return approved{slices.Clone(argv)}, r.by
-		} else if !r.by.Allowed && slices.ContainsFunc(views, r.matches) {
-			return approved{}, r.by
+		for i, name := range names {
+			if r.by.Allowed && i == 0 && r.matches(name, argv[1:], joined[i]) {
+				return approved{slices.Clone(argv)}, r.by
+			} else if !r.by.Allowed && r.matches(name, argv[1:], joined[i]) {
+				return approved{}, r.by
+			}
 		}
 	}
 	return approved{}, decision{}
