@@ -20,7 +20,7 @@ import (
 )
 
 const (
-	maxAuditRead     = 16 << 20               // bytes read back at once; no record is half as long: 128 KiB of arguments, twice, escaped as six for one
+	maxAuditRead     = 16 << 20               // bytes read back at once; 128 KiB of arguments, twice, as six for one, are less
 	maxAuditText     = 4 << 10                // bytes of a rule, a directory, a reason, and of a denied argv
 	maxAuditEndpoint = 256                    // bytes
 	maxAuthFailures  = 10                     // records a second
@@ -170,7 +170,7 @@ func (l *auditLog) open() error {
 	return nil
 }
 
-// takeUp locks the file, and goes on with the chain that is in memory, whatever the file holds: an absent or empty one is what a rotation by
+// takeUp locks the file, and goes on with the chain that is in memory, whatever the file holds: a new or empty one is what a rotation by
 // rename leaves, anything else is a break. Without one the chain is taken from the file's end: a crash leaves a line without newline, which
 // the next record covers; a line that is no record and has one is left for verify to find.
 func (l *auditLog) takeUp(now os.FileInfo) error {
@@ -275,8 +275,8 @@ func readLines(f *os.File, at int64) (lines [][]byte, rest []byte, err error) {
 	return slices.Collect(bytes.Lines(data[:end])), data[end:], err
 }
 
-// readAudit hands emit the last n whole lines, as many as maxAuditRead bytes hold, or (allLines) every line. With follow it goes on with each
-// new one until emit fails, also in the file that takes this one's place; a file that was cut is read from its start again.
+// readAudit hands emit the last n whole lines, as many as maxAuditRead bytes hold, or (allLines) every line. With follow it goes on with
+// each new one until emit fails, also in the file that takes this one's place; a file that was cut is read from its start again.
 func readAudit(file string, n int, follow bool, emit func(auditLine) error) error {
 	f, err := openTrusted(file, os.O_RDONLY)
 	if err != nil {
@@ -293,8 +293,9 @@ func readAudit(file string, n int, follow bool, emit func(auditLine) error) erro
 	}
 	for ; ; n = allLines {
 		lines, rest, err := readLines(f, at)
-		if n == allLines && !follow && len(lines) == 0 && len(rest) > 0 {
-			lines = [][]byte{rest}
+		end := len(lines) == 0
+		if end && n == allLines && !follow && len(rest) > 0 {
+			lines = append(lines, rest)
 		}
 		for i, line := range lines {
 			at += int64(len(line))
@@ -302,14 +303,13 @@ func readAudit(file string, n int, follow bool, emit func(auditLine) error) erro
 				err = emit(parseAuditLine(line))
 			}
 		}
-		if err != nil || !follow && (n < allLines || len(lines) == 0) {
+		switch {
+		case err != nil || !follow && (end || n < allLines):
 			return err
-		}
-		if anew && len(lines) == 0 {
+		case anew && end:
 			f.Close()
 			return readAudit(file, allLines, follow, emit)
-		}
-		if follow {
+		case follow:
 			time.Sleep(auditPoll)
 			now, gone := os.Lstat(file) // before it is read again: a file that was renamed away may have got a last line
 			anew = gone == nil && (!os.SameFile(now, info) || now.Size() < at)

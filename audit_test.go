@@ -331,6 +331,38 @@ func TestAuditContinuesLongFile(t *testing.T) {
 	}
 }
 
+// A file of several times what is read at once is verified to its end, and its last lines are found.
+func TestAuditReadsInParts(t *testing.T) {
+	l, file := newTestAudit(t)
+	long := strings.Repeat("\x01", 200<<10)
+	const n = 30
+	for range n {
+		appendAudit(t, l, long)
+	}
+	if size := readSize(file); size < 2*maxAuditRead {
+		t.Fatalf("%d bytes only", size)
+	}
+	if rep := wantChain(t, file); rep.Records != n || rep.Head != l.head() {
+		t.Errorf("%+v", rep)
+	}
+	if lines, err := tailAudit(file, 3); err != nil || len(lines) != 3 || lines[2].Head != l.head() {
+		t.Errorf("%d lines, %v", len(lines), err)
+	}
+	l.close()
+	text := strings.SplitAfter(readTestFile(t, file), "\n")
+	if err := os.Truncate(file, readSize(file)-100); err != nil {
+		t.Fatal(err)
+	}
+	if rep := wantChain(t, file); rep.Records != n-1 || rep.Torn != 1 {
+		t.Errorf("torn: %+v", rep)
+	}
+	text[n-5] = strings.Replace(text[n-5], "u0001", "u0002", 1)
+	writeTestFile(t, file, strings.Join(text, ""))
+	if line, why := auditBreak(t, file, ""); line != n-3 {
+		t.Errorf("broken at line %d: %s", line, why)
+	}
+}
+
 // What happens to the file between two records, and what stands in the file afterwards.
 func TestAuditFileChangedBeneath(t *testing.T) {
 	for _, c := range []struct {
