@@ -16,16 +16,14 @@ import (
 )
 
 const (
-	maxArgBytes  = 128 << 10 // one argument and its NUL byte: MAX_ARG_STRLEN in execve(2)
-	maxArgvBytes = 128 << 10 // all arguments joined with spaces: with the rule's length it bounds every match
-
-	listAllow, listDeny = "allow", "deny"
-	pluginSource        = "plugin:" // before the plugin's name in ruleSet.Source
-	moreArgs            = "..."     // as the last element of an argv rule
+	maxArgBytes  = 128 << 10 // one argument and its NUL byte (MAX_ARG_STRLEN in execve(2)), and all joined, which bounds every match
+	pluginSource = "plugin:" // before the plugin's name in ruleSet.Source
+	moreArgs     = "..."     // as the last element of an argv rule
 )
 
 var ( // compiled once
 	slashed   = regexp.MustCompile(`^/(?:[^/\\]|\\.)+/$`)            // in a regexp between slashes every other "/" is escaped
+	anchored  = regexp.MustCompile(`^/\^(?s:.*)\$/$`)                // what an argv rule takes for one
 	flagged   = regexp.MustCompile(`^\^|^/(?:[^/\\]|\\.)+/[gims]+$`) // other languages have none around it, or flags behind the last
 	openEnded = regexp.MustCompile(`\.[*+{]|\\S|\[\^`)               // matches words of any kind
 )
@@ -36,15 +34,8 @@ type ruleSpec struct {
 	Argv []string
 }
 
-// String gives the rule as written: the text of a string rule, the compact JSON array of an argv rule.
-func (r ruleSpec) String() string {
-	if r.Argv == nil {
-		return r.Text
-	}
-	return string(marshal(r.Argv))
-}
+func (r ruleSpec) String() string { return pick(r.Argv == nil, r.Text, string(marshal(r.Argv))) }
 
-// MarshalJSON writes the rule back as the string or array that it was.
 func (r ruleSpec) MarshalJSON() ([]byte, error) {
 	if r.Argv == nil {
 		return marshal(r.Text), nil
@@ -59,17 +50,6 @@ type ruleSet struct {
 	Allow, Deny []ruleSpec
 }
 
-// ruleError names the rule that does not compile, so that its reader can add file, line and column.
-type ruleError struct {
-	*rule
-	Index int   // of the rule in its list
-	Err   error // says what to write instead
-}
-
-func (e *ruleError) Error() string {
-	return fmt.Sprintf("rule %q in exec.%s of %s: %v", e.Rule, e.List, e.Source, e.Err)
-}
-
 // decision says what the policy decided and which rule did it. Rule, List and Source are empty when no rule matched.
 type decision struct {
 	Allowed bool   `json:"allowed"`
@@ -78,65 +58,51 @@ type decision struct {
 	Source  string `json:"source,omitempty"`
 }
 
-// why says it to people.
 func (d decision) why() string {
-	if d.Rule == "" {
-		return "no rule allows it"
-	}
-	return fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source)
+	return pick(d.Rule == "", "no rule allows it", fmt.Sprintf("the %s rule %q of %s", d.List, d.Rule, d.Source))
 }
 
-// approved is an argv that may be run. Its fields are set in this file only; the zero value is refused where commands are run.
-type approved struct {
-	argv []string
-	by   decision
-}
+// approved is an argv that may be run. It is made in this file only; the zero value is refused where commands are run.
+type approved struct{ argv []string }
 
-// policy is the compiled rules of all sources, immutable: the deny rules, then the allow rules.
-type policy struct{ all []*rule }
-
-// rules lists the effective rules in the order in which they are tried.
-func (p *policy) rules() []*rule { return p.all }
-
-// rule is one compiled rule, as `acl list` shows it, and the decision that it makes.
+// rule is one compiled rule, as `acl list` shows it.
 type rule struct {
-	List   string    `json:"list"`
-	Rule   ruleSpec  `json:"rule"`
-	Source string    `json:"source"`
-	by     decision  // of whatever it matches
-	words  []pattern // of an argv rule one for each argument but "...", of any other one for the joined string
-	exact  []string  // the only command that it matches, nil if there are more
+	List    string              `json:"list"`
+	Rule    ruleSpec            `json:"rule"`
+	Source  string              `json:"source"`
+	by      decision            // of whatever it matches
+	words   []func(string) bool // of an argv rule one for each element but "...", of any other one for the joined string
+	exact   []string            // the only command that it matches, nil if there are more
+	command string              // the one name of a command that it can match, "" if there may be several
 }
 
-// pattern is a string rule or an element of an argv rule.
-type pattern struct {
-	kind    string            // "exact", "glob", "path.Match" or "regexp"
-	matches func(string) bool // a regexp anywhere in a joined string, but only the whole of an element
-	command string            // the one name of a command that it can match, "" if there may be several
+// ruleError names the rule that does not compile, so that its reader can add file, line and column. It wraps what to write instead.
+type ruleError struct {
+	error
+	*rule
+	Index int // of the rule in its list
 }
+
+// policy is the compiled rules of all sources in the order in which they are tried: all deny rules before all allow rules.
+type policy []*rule
 
 // compilePolicy compiles every rule of every set, or returns a *ruleError for the first that does not compile.
-func compilePolicy(sets []ruleSet) (*policy, error) {
-	p := &policy{}
-	for _, list := range []string{listDeny, listAllow} {
+func compilePolicy(sets []ruleSet) (p policy, err error) {
+	for _, list := range []string{"deny", "allow"} {
 		for _, set := range sets {
-			specs := set.Allow
-			if list == listDeny {
-				specs = set.Deny
-			}
-			for i, spec := range specs {
-				r := &rule{List: list, Rule: spec, Source: set.Source, by: decision{list == listAllow, spec.String(), list, set.Source}}
+			for i, spec := range map[string][]ruleSpec{"deny": set.Deny, "allow": set.Allow}[list] {
+				r := &rule{List: list, Rule: spec, Source: set.Source, by: decision{list == "allow", spec.String(), list, set.Source}}
 				if err := r.compile(set.Command); err != nil {
-					return nil, &ruleError{r, i, err}
+					return nil, &ruleError{fmt.Errorf("rule %q in exec.%s of %s: %w", spec, list, set.Source, err), r, i}
 				}
-				p.all = append(p.all, r)
+				p = append(p, r)
 			}
 		}
 	}
 	return p, nil
 }
 
-// compile fills in words and exact. own is the command of the plugin that the rule comes from.
+// compile fills in words, exact and command. own is the command of the plugin that the rule comes from.
 func (r *rule) compile(own string) error {
 	texts := r.Rule.Argv
 	r.exact = texts
@@ -148,29 +114,25 @@ func (r *rule) compile(own string) error {
 	case texts[n-1] == moreArgs:
 		texts, r.exact = texts[:n-1], nil
 	}
-	for _, text := range texts {
-		w, err := compilePattern(text, r.Rule.Argv != nil, !r.by.Allowed)
+	for i, text := range texts {
+		command, err := r.addWord(text)
 		if err != nil {
 			return err
 		}
-		if r.words = append(r.words, w); w.kind != "exact" {
-			r.exact = nil
-		}
+		r.command = pick(i == 0, command, r.command)
 	}
-	if name := r.words[0].command; r.by.Allowed && strings.HasPrefix(r.Source, pluginSource) && (name == "" || name != own) {
+	if r.by.Allowed && strings.HasPrefix(r.Source, pluginSource) && (r.command == "" || r.command != own) {
 		return fmt.Errorf("a plugin may allow only its own command: begin the rule with %q and a space, literally", own)
 	}
 	return nil
 }
 
-// compilePattern compiles a string rule or an element of an argv rule. What looks like a rule of another kind is a mistake.
-func compilePattern(text string, element, deny bool) (pattern, error) {
-	between := strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
-	if element {
-		between = strings.HasPrefix(text, "/^") && strings.HasSuffix(text, "$/")
-	}
-	wild := element && !between && strings.ContainsAny(text, "*?[")
+// addWord compiles a string rule or an element of an argv rule. What looks like a rule of another kind is a mistake.
+func (r *rule) addWord(text string) (command string, err error) {
+	element := r.Rule.Argv != nil
+	between := anchored.MatchString(text) || !element && strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
 	looks := strings.HasPrefix(text, "/^") || !element && flagged.MatchString(text)
+	wild := element && !between && strings.ContainsAny(text, "*?[")
 	_, malformed := path.Match(text, "")
 	for _, mistake := range []struct {
 		made bool
@@ -181,53 +143,48 @@ func compilePattern(text string, element, deny bool) (pattern, error) {
 		{strings.ContainsFunc(text, unicode.IsControl), `a rule has no control characters: write "\n" in a regexp`},
 		{looks && !between, `a regexp stands between slashes, without flags behind: "/(?i)^sudo/", in an argv rule "/^[0-9]+$/"`},
 		{between && !slashed.MatchString(text), `a regexp needs something between its slashes, a "/" as "\/"; paths: an argv rule`},
-		{text == "/^$/", `an empty argument is "" in an argv rule`},
 		{wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character`},
 	} {
 		if mistake.made {
-			return pattern{}, errors.New(mistake.say)
+			return "", errors.New(mistake.say)
 		}
 	}
-	parts := strings.Split(text, "*")
-	switch {
-	case between:
-		return compileRegexp(text[1:len(text)-1], element, deny)
-	case wild:
-		return pattern{kind: "path.Match", matches: func(s string) bool { ok, _ := path.Match(text, s); return ok }}, nil
-	case !element && len(parts) > 1:
-		return pattern{kind: "glob", command: wordIn(parts[0]), matches: func(s string) bool { return globMatch(parts, s) }}, nil
+	command, matches := pick(element, text, wordIn(text+" ")), func(s string) bool { return s == text }
+	if parts := strings.Split(text, "*"); between || wild || len(parts) > 1 {
+		r.exact = nil
+		command, matches = wordIn(parts[0]), func(s string) bool { return globMatch(parts, s) }
 	}
-	return pattern{kind: "exact", command: pick(element, text, wordIn(text+" ")), matches: func(s string) bool { return s == text }}, nil
+	if between {
+		command, matches, err = compileRegexp(text[1:len(text)-1], element, !r.by.Allowed)
+	} else if wild {
+		command, matches = "", func(s string) bool { ok, _ := path.Match(text, s); return ok }
+	}
+	r.words = append(r.words, matches)
+	return command, err
 }
 
 // compileRegexp holds the regexp of an element to the whole of it: "^a|b$" would find "axx" and "xxb". For the command of a string rule its
 // syntax tree is asked, not its text: "^git *x" begins like "^git " and matches "gitx".
-func compileRegexp(body string, element, deny bool) (pattern, error) {
-	flags := ""
-	if deny {
-		flags = "(?s)" // "." matches a newline too, so that none evades the rule
-	}
-	re, err := regexp.Compile(flags + body)
+func compileRegexp(body string, element, deny bool) (command string, matches func(string) bool, err error) {
+	re, err := regexp.Compile(pick(deny, "(?s)", "") + body) // "." of a deny rule matches a newline too, so that none evades it
 	if e, ok := errors.AsType[*syntax.Error](err); ok {
-		return pattern{}, fmt.Errorf("not a regexp of RE2 syntax: %s at %q", e.Code, e.Expr)
+		return "", nil, fmt.Errorf("not a regexp of RE2 syntax: %s at %q", e.Code, e.Expr)
 	}
-	p := pattern{kind: "regexp", matches: re.MatchString}
 	if element {
 		re.Longest() // so that it finds the whole, if it can match the whole
-		p.matches = func(s string) bool { at := re.FindStringIndex(s); return at != nil && at[0] == 0 && at[1] == len(s) }
-		return p, nil
+		return "", func(s string) bool { at := re.FindStringIndex(s); return at != nil && at[1]-at[0] == len(s) }, nil
 	}
 	tree, err := syntax.Parse(body, syntax.Perl)
 	if err == nil && tree.Op == syntax.OpConcat && tree.Sub[0].Op == syntax.OpBeginText {
 		if start := tree.Sub[1]; start.Op == syntax.OpLiteral && start.Flags&syntax.FoldCase == 0 {
 			ended := len(tree.Sub) == 3 && tree.Sub[2].Op == syntax.OpEndText
-			p.command = wordIn(string(start.Rune) + pick(ended, " ", ""))
+			command = wordIn(string(start.Rune) + pick(ended, " ", ""))
 		}
 	}
-	return p, err
+	return command, re.MatchString, err
 }
 
-// wordIn gives the first word of a text, "" if no space ends it.
+// wordIn is the first word of a text, "" if no space ends it.
 func wordIn(text string) string { return text[:max(0, strings.Index(text, " "))] }
 
 // globMatch finds the parts in order, first and last at the ends. Of those between the leftmost place will do, so nothing is tried twice.
@@ -242,33 +199,14 @@ func globMatch(parts []string, s string) bool {
 	return ok && strings.HasSuffix(s, parts[last])
 }
 
-// view is one way to see a command: its arguments, and these joined.
-type view struct {
-	argv   []string
-	joined string
-}
-
-// views gives a command as sent, then all that a deny rule may know it by: without its directory, and ae and aexec exchanged.
-func views(argv []string) (all []view) {
-	dir, base := path.Split(strings.TrimRight(argv[0], "/"))
-	names := []string{argv[0], base}
-	if other := map[string]string{"ae": "aexec", "aexec": "ae"}[base]; other != "" {
-		names = append(names, dir+other, other)
-	}
-	for _, name := range slices.Compact(names) {
-		words := slices.Concat([]string{name}, argv[1:])
-		all = append(all, view{words, strings.Join(words, " ")})
-	}
-	return all
-}
-
-func (r *rule) matches(v view) bool {
+// matches looks at a command under one of its names, at its further arguments, and at all joined.
+func (r *rule) matches(name string, args []string, joined string) bool {
 	if r.Rule.Argv == nil { // joined, "git init x" is a name or git with two arguments: only an argv rule can tell them apart
-		return r.words[0].matches(v.joined) && !(r.by.Allowed && strings.ContainsFunc(v.argv[0], spaceOrControl))
+		return r.words[0](joined) && !(r.by.Allowed && strings.ContainsFunc(name, spaceOrControl))
 	}
-	n, same := len(r.words), func(w pattern, arg string) bool { return w.matches(arg) }
-	rest := len(r.Rule.Argv) > n // "..." admits further arguments
-	return len(v.argv) >= n && (rest || len(v.argv) == n) && slices.EqualFunc(r.words, v.argv[:n], same)
+	n, more := len(r.words)-1, len(r.Rule.Argv) > len(r.words) // "..." admits further arguments
+	return r.words[0](name) && len(args) >= n && (more || len(args) == n) &&
+		slices.EqualFunc(r.words[1:], args[:n], func(matches func(string) bool, arg string) bool { return matches(arg) })
 }
 
 func spaceOrControl(c rune) bool { return unicode.IsSpace(c) || unicode.IsControl(c) }
@@ -281,24 +219,32 @@ func checkArgv(argv []string) error {
 		return errors.New("args must begin with the name of a command, and that must not be blank")
 	case strings.Contains(joined, "\x00") || !utf8.ValidString(joined):
 		return errors.New("args must be UTF-8 without a NUL byte")
-	case len(joined) > maxArgvBytes || len(argv[0]) >= maxArgBytes: // no other argument can be as long
-		return fmt.Errorf("args are too long: each must be under %d bytes, all with spaces between at most %d", maxArgBytes, maxArgvBytes)
+	case len(joined) > maxArgBytes || len(argv[0]) == maxArgBytes: // no other argument can be as long
+		return fmt.Errorf("args are too long: each must be under %[1]d bytes, all with spaces between at most %[1]d", maxArgBytes)
 	}
 	return nil
 }
 
-// decide is the one decision: deny first, then allow, then refuse. Approved is a copy of argv, or nothing at all.
-func (p *policy) decide(argv []string) (approved, decision) {
+// decide is the one decision: the first rule that matches makes it, and none refuses. A deny rule is tried against the command as sent,
+// without its directory, and with ae and aexec exchanged. Approved is a copy of argv, or nothing at all.
+func (p policy) decide(argv []string) (approved, decision) {
 	if checkArgv(argv) != nil {
 		return approved{}, decision{} // fail safe: callers have checked
 	}
-	tried := views(argv)
-	for _, r := range p.all {
-		switch {
-		case r.by.Allowed && r.matches(tried[0]):
-			return approved{slices.Clone(argv), r.by}, r.by
-		case !r.by.Allowed && slices.ContainsFunc(tried, r.matches):
-			return approved{}, r.by
+	dir, base := path.Split(strings.TrimRight(argv[0], "/"))
+	names := []string{argv[0], base}
+	if other := map[string]string{"ae": "aexec", "aexec": "ae"}[base]; other != "" {
+		names = append(names, dir+other, other)
+	}
+	names, rest := slices.Compact(names), strings.Join(argv, " ")[len(argv[0]):]
+	joined := each(names, func(name string) string { return name + rest })
+	for _, r := range p {
+		for i, name := range names {
+			if r.by.Allowed && i == 0 && r.matches(name, argv[1:], joined[i]) {
+				return approved{slices.Clone(argv)}, r.by
+			} else if !r.by.Allowed && r.matches(name, argv[1:], joined[i]) {
+				return approved{}, r.by
+			}
 		}
 	}
 	return approved{}, decision{}
@@ -306,11 +252,11 @@ func (p *policy) decide(argv []string) (approved, decision) {
 
 // approveUnchecked makes an approved value that no rule decided: only for a plugin's own hook file, for what a
 // trusted plugin with "invoke":"run" leads to, and for the help of a tool that the operator makes a plugin of.
-func approveUnchecked(argv []string, source string) approved {
+func approveUnchecked(argv []string) approved {
 	if checkArgv(argv) != nil {
 		return approved{} // fail safe: exec.go refuses it
 	}
-	return approved{slices.Clone(argv), decision{Allowed: true, Source: source}}
+	return approved{slices.Clone(argv)}
 }
 
 // finding is one risky thing about an allow rule, for `acl doctor`.
@@ -320,66 +266,52 @@ type finding struct {
 	Message string `json:"message"` // what is risky and what to write instead
 }
 
-// The findings that make a rule broad, and the commands that the doctor knows (without the version numbers at their ends).
-const (
-	broadCodes   = "allow-all open-command unanchored-regexp runs-programs reads-directory"
-	runsPrograms = " sh ash bash dash zsh fish ksh csh busybox env xargs find fd parallel nice nohup setsid timeout time watch script" +
-		" expect sudo doas su runuser setpriv chroot unshare nsenter flock ssh scp sftp rsync tar cpio zip awk gawk mawk sed ed ex vi vim" +
-		" nvim emacs nano less more man perl ruby python node deno bun php lua java docker podman kubectl helm crontab at batch systemctl" +
-		" systemd-run gdb strace sqlite psql mysql socat nc ncat openssl npx uvx "
-	readsDirectory = " git hg svn make gmake cmake ninja just task npm npx pnpm yarn bun deno node tsc jest eslint cargo go gradle mvn" +
-		" ant pip poetry uv tox pytest python bundle rake composer mix dotnet terraform ansible docker-compose vagrant direnv pre-commit "
-)
+const broadCodes = "allow-all open-command unanchored-regexp runs-programs reads-directory" // the findings that make a rule broad
 
 // lint lists what is risky about the allow rules.
-func (p *policy) lint() (all []finding) {
-	for _, r := range p.all {
-		if !r.by.Allowed {
-			continue
-		}
+func (p policy) lint() (all []finding) {
+	for _, r := range p {
 		add := func(is bool, code, message string) {
-			if is {
+			if r.by.Allowed && is {
 				all = append(all, finding{r, code, message})
 			}
 		}
 		_, by := p.decide(r.exact)
-		denied := slices.ContainsFunc(p.all, func(d *rule) bool { return !d.by.Allowed && d.by.Rule == r.by.Rule })
+		denied := slices.ContainsFunc(p, func(d *rule) bool { return !d.by.Allowed && d.by.Rule == r.by.Rule })
 		if denied || r.exact != nil && !by.Allowed {
 			add(true, "never-matches", "a deny rule stops it, or its name has white space, which takes an argv rule")
 			continue
 		}
-		text, name, kind := r.Rule.Argv == nil, r.words[0].command, r.words[0].kind
+		text, more, isRegexp := r.Rule.Text, len(r.Rule.Argv) > len(r.words), slashed.MatchString(r.Rule.Text)
 		guarded := strings.Contains(strings.ReplaceAll(r.by.Rule, `","`, " "), " -- ")
-		loose := len(r.Rule.Argv) > len(r.words) || slices.ContainsFunc(r.words, func(w pattern) bool {
-			if text {
-				return kind == "glob" || kind == "regexp" && openEnded.MatchString(r.Rule.Text)
-			}
-			return w.kind != "exact" && (w.matches("-x") || w.matches("--x"))
-		})
-		tool := " " + strings.TrimRight(path.Base(name), "0123456789.-") + " "
+		option := func(matches func(string) bool) bool {
+			return matches("-x") && matches("-y") || matches("--x") && matches("--y")
+		}
+		loose := text == "" && (more || slices.ContainsFunc(r.words, option)) ||
+			text != "" && r.exact == nil && (!isRegexp || openEnded.MatchString(text))
+		tool := strings.TrimRight(path.Base(r.command), "0123456789.-") // python3.12 is python
 		harmless := len(r.exact) == 2 && strings.Contains(" --version -v -V version --help -h help ", " "+r.exact[1]+" ")
-		unanchored := text && kind == "regexp" && !(strings.HasPrefix(r.Rule.Text, "/^") && strings.HasSuffix(r.Rule.Text, "$/"))
+		known := func(name string) bool { return !harmless && slices.Contains(strings.Fields(helpText(name)), tool) }
 		add(strings.Trim(r.by.Rule, "*") == "", "allow-all", "allows every command: name the commands that are needed")
-		add(name == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards")
-		add(unanchored, "unanchored-regexp", "is found anywhere in a command: write it as /^…$/")
-		add(!harmless && strings.Contains(runsPrograms, tool), "runs-programs", "can run other programs, perhaps all: allow those")
-		add(!harmless && strings.Contains(readsDirectory, tool), "reads-directory", "obeys files in its working directory: guard that")
+		add(r.command == "", "open-command", "does not fix the command: begin with its whole name and a space, without wildcards")
+		add(isRegexp && !anchored.MatchString(text), "unanchored-regexp", "is found anywhere in a command: write it as /^…$/")
+		add(known("programs that run others"), "runs-programs", "can run other programs, perhaps all: allow those")
+		add(known("programs that obey their directory"), "reads-directory", "obeys files in its working directory: guard that")
 		add(loose && !guarded, "admits-options", `lets any option through: name the arguments, or put "--" before them`)
-		add(text && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule")
-		add(strings.Contains(name, "/") && !path.IsAbs(name), "relative-name", "depends on the working directory: write the whole path")
-		add(r.exact == nil && !p.all[0].by.Allowed, "deny-relied-upon", "exec.deny is a seat belt and cannot hold: narrow this rule")
+		add(text != "" && len(r.exact) > 2, "ambiguous-words", "does not say where one argument ends and the next begins: write an argv rule")
+		add(strings.Contains(r.command, "/") && !path.IsAbs(r.command), "relative-name", "depends on the working directory: write the whole path")
+		add(r.exact == nil && !p[0].by.Allowed, "deny-relied-upon", "exec.deny is a seat belt and cannot hold: narrow this rule")
 	}
 	return all
 }
 
-// broad says whether the one rule is too wide to be added without --force, and why ("" if not).
+// broad says whether the one rule is too wide to be added without --force, and why ("" if not: one command is not many).
 func broad(spec ruleSpec) string {
-	p, err := compilePolicy([]ruleSet{{Allow: []ruleSpec{spec}}})
-	if err != nil || p.all[0].exact != nil {
-		return "" // editRules says what is wrong with it, and one command is not many
-	}
-	if all := p.lint(); len(all) > 0 && strings.Contains(broadCodes, all[0].Code) {
-		return all[0].Message
+	p, _ := compilePolicy([]ruleSet{{Allow: []ruleSpec{spec}}}) // editRules says what is wrong with a rule that does not compile
+	for _, f := range p.lint() {
+		if f.exact == nil && strings.Contains(broadCodes, f.Code) {
+			return f.Message
+		}
 	}
 	return ""
 }

@@ -97,7 +97,7 @@ func encode(b *bytes.Buffer, v any) {
 
 func (c *call) acl() *apiError {
 	lists := map[string][]ruleSpec{"allow": {}, "deny": {}}
-	for _, rule := range c.snap.policy.rules() {
+	for _, rule := range c.snap.policy {
 		lists[rule.List] = append(lists[rule.List], rule.Rule)
 	}
 	machine := map[string]string{"os": runtime.GOOS, "arch": runtime.GOARCH, "cwd": c.snap.cwd, "user": ""}

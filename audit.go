@@ -4,12 +4,11 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -21,13 +20,13 @@ import (
 )
 
 const (
-	maxAuditLine     = 4 << 20                // bytes; 128 KiB of arguments, twice, escaped at six bytes for one, stay below half of it
-	maxAuditTail     = 16 << 20               // bytes that are read back from the end of a log
+	maxAuditRead     = 16 << 20               // bytes read back at once; 128 KiB of arguments, twice, as six for one, are less
 	maxAuditText     = 4 << 10                // bytes of a rule, a directory, a reason, and of a denied argv
 	maxAuditEndpoint = 256                    // bytes
 	maxAuthFailures  = 10                     // records a second
 	auditPatience    = 100 * time.Millisecond // for a FIFO that does not take a record
 	auditPoll        = 250 * time.Millisecond // between two looks at a followed log
+	allLines         = math.MaxInt            // for readAudit
 )
 
 var noPrev = strings.Repeat("0", 2*sha256.Size) // stands in the first record of a chain
@@ -78,8 +77,7 @@ type auditLog struct {
 	f        *os.File    // nil: to be opened before the next record
 	info     os.FileInfo // of f as the last write left it; nil: the chain is to be taken from the end of the file
 	unended  bool        // f ends in the middle of a line
-	prev     string      // digest of the last line, torn or whole
-	last     auditHead   // of the last record
+	last     auditHead   // number of the last record, digest of the last line: of that record, or of what was torn since
 	alarm    string      // what the next audit_broken says; "" for nothing
 	second   time.Time   // auth failures are counted from here
 	failures int         // in this second
@@ -99,7 +97,7 @@ func (l *auditLog) reconfigure(file string, enabled bool) error {
 		return nil
 	}
 	l.f.Close() // here and below: a nil file only says that it is none
-	l.f, l.info, l.file, l.enabled, l.last, l.prev = nil, nil, file, enabled, auditHead{}, noPrev
+	l.f, l.info, l.file, l.enabled, l.last = nil, nil, file, enabled, auditHead{}
 	if !enabled {
 		return nil
 	}
@@ -127,8 +125,7 @@ func (l *auditLog) append(r auditRecord) error {
 	}
 	if r.Event == "auth_failed" {
 		if now := l.now(); now.Sub(l.second).Abs() >= time.Second {
-			r.Suppressed = max(0, l.failures-maxAuthFailures)
-			l.second, l.failures = now, 0
+			r.Suppressed, l.second, l.failures = max(0, l.failures-maxAuthFailures), now, 0
 		}
 		if l.failures++; l.failures > maxAuthFailures {
 			return nil
@@ -156,70 +153,68 @@ func (l *auditLog) open() error {
 	if err == nil && l.f != nil && os.SameFile(now, l.info) && now.Size() == l.info.Size() && now.ModTime().Equal(l.info.ModTime()) {
 		return nil
 	}
-	f, info, err := openPlain(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE)
+	f, err := openTrusted(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE)
 	l.f.Close() // only now: until then a new file could not have the old one's inode number
-	l.f = nil
-	if err == nil && info.Mode().IsRegular() {
-		err = l.takeUp(f, info)
+	if l.f = f; err == nil {
+		now, err = f.Stat()
+	}
+	if err == nil && now.Mode().IsRegular() {
+		err = l.takeUp(now)
 	}
 	if err != nil {
-		f.Close()
+		l.f.Close()
+		l.f = nil
 		return err
 	}
-	l.f, l.info = f, info
+	l.info = now
 	return nil
 }
 
-// takeUp locks a file, and goes on with the chain that is in memory, whatever the file holds: an absent or empty one is what a rotation by
+// takeUp locks the file, and goes on with the chain that is in memory, whatever the file holds: a new or empty one is what a rotation by
 // rename leaves, anything else is a break. Without one the chain is taken from the file's end: a crash leaves a line without newline, which
 // the next record covers; a line that is no record and has one is left for verify to find.
-func (l *auditLog) takeUp(f *os.File, info os.FileInfo) error {
-	if locked, err := lockLog(f); !locked {
+func (l *auditLog) takeUp(now os.FileInfo) error {
+	if locked, err := lockLog(l.f); !locked {
 		return cmp.Or(err, fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file))
 	}
-	lines, torn, err := readLines(f, max(0, info.Size()-maxAuditTail))
-	if err != nil {
-		return err
-	}
+	lines, torn, err := readLines(l.f, max(0, now.Size()-maxAuditRead))
 	l.unended = len(torn) > 0
-	if l.info == nil {
+	if l.info != nil && (os.SameFile(now, l.info) || now.Size() > 0) {
+		l.alarm = cmp.Or(l.alarm, fmt.Sprintf("somebody else changed the log: it had %d bytes and has %d", l.info.Size(), now.Size()))
+	} else if l.info == nil {
 		for _, line := range slices.Backward(append(lines, torn)) {
 			if a := parseAuditLine(line); !a.Torn {
-				l.last, l.prev = a.Head, a.Head.Digest
+				l.last = a.Head
 				break
 			}
 		}
 		if l.unended {
-			l.prev = auditDigest(torn)
+			l.last.Digest = auditDigest(torn)
 		}
-	} else if os.SameFile(info, l.info) || info.Size() > 0 {
-		l.alarm = cmp.Or(l.alarm, fmt.Sprintf("somebody else changed the log: it had %d bytes and has %d", l.info.Size(), info.Size()))
 	}
-	return nil
+	return err
 }
 
 // write appends one line with one write(2). It is on disk as far as the kernel promises without fsync(2), which would cost
 // milliseconds: it outlives this process, not a power cut. What a failed write left is cut off again, or else stays as a torn line.
 func (l *auditLog) write(r auditRecord) error {
 	l.clean(&r)
-	r.Seq, r.Timestamp, r.Prev = l.last.Seq+1, l.now().UTC().Format("2006-01-02T15:04:05.000Z"), l.prev
+	r.Seq, r.Timestamp, r.Prev = l.last.Seq+1, l.now().UTC().Format("2006-01-02T15:04:05.000Z"), cmp.Or(l.last.Digest, noPrev)
 	var line bytes.Buffer
 	if l.unended {
 		line.WriteByte('\n')
 	}
-	enc := json.NewEncoder(escapeWriter{&line}) // by itself it leaves DEL, U+0080 to U+009F and formatting characters raw
-	enc.SetEscapeHTML(false)
-	enc.Encode(&r)
+	escapeWriter{&line}.Write(append(marshal(r), '\n')) // JSON leaves DEL, U+0080 to U+009F and formatting characters raw
 	l.f.SetWriteDeadline(time.Now().Add(auditPatience)) // what knows no deadlines does not wait
 	n, err := l.f.Write(line.Bytes())
 	if err != nil && l.f.Truncate(l.info.Size()) == nil {
 		n = 0
 	}
 	if n > 0 {
-		l.prev, l.unended = auditDigest(bytes.Trim(line.Bytes()[:n], "\n")), err != nil
+		l.last.Digest, l.unended = auditDigest(bytes.Trim(line.Bytes()[:n], "\n")), err != nil
 	}
 	if n >= line.Len()-1 { // a line that only lacks its newline is read back as a record
-		l.last = auditHead{r.Seq, l.prev}
+		l.last.Seq = r.Seq
 	}
 	if info, bad := l.f.Stat(); bad == nil {
 		l.info = info
@@ -231,47 +226,26 @@ func (l *auditLog) write(r auditRecord) error {
 func (l *auditLog) clean(r *auditRecord) {
 	r.Endpoint = l.text(r.Endpoint, maxAuditEndpoint)
 	r.Cwd, r.Rule, r.Reason = l.text(r.Cwd, maxAuditText), l.text(r.Rule, maxAuditText), l.text(r.Reason, maxAuditText)
+	limit := maxAuditRead // none: what may run was held to 128 KiB before
+	if r.Event == "exec_denied" {
+		limit = maxAuditText
+	}
 	for _, argv := range []*[]string{&r.Argv, &r.OriginalArgv} {
-		var out []string
-		left := maxAuditLine // no limit: what may run was held to 128 KiB before
-		if r.Event == "exec_denied" {
-			left = maxAuditText
+		if len(*argv) > 0 { // cut as one text, for no argument has a NUL byte
+			*argv = strings.Split(l.text(strings.Join(*argv, "\x00"), limit), "\x00")
 		}
-		for i := 0; i < len(*argv) && left > 0; i++ {
-			a := l.text((*argv)[i], left)
-			out, left = append(out, a), left-len(a)-1 // one byte more, or a million empty ones were free
-		}
-		*argv = out
 	}
 }
 
 // text is s without the key, and only then cut to at most limit bytes, between characters and marked, so that no cut leaves half a key.
 func (l *auditLog) text(s string, limit int) string {
-	s = l.key.redact(strings.ToValidUTF8(s, "\uFFFD"))
-	if len(s) <= limit {
-		return s
+	if s = l.key.redact(strings.ToValidUTF8(s, "\uFFFD")); len(s) > limit {
+		s = strings.ToValidUTF8(s[:limit-len("…")], "") + "…"
 	}
-	return strings.ToValidUTF8(s[:max(limit-len("…"), 0)], "") + "…"
+	return s
 }
 
-func auditDigest(line []byte) string {
-	sum := sha256.Sum256(line)
-	return hex.EncodeToString(sum[:])
-}
-
-// openPlain opens a file never through a link, and never waiting; a new one gets mode 0600. Only a regular file is read back.
-func openPlain(file string, flags int) (*os.File, os.FileInfo, error) {
-	f, err := openTrusted(file, flags)
-	if err != nil {
-		return nil, nil, err
-	}
-	info, err := f.Stat()
-	if err == nil && (flags != os.O_RDONLY || info.Mode().IsRegular()) {
-		return f, info, nil
-	}
-	f.Close()
-	return nil, nil, cmp.Or(err, fmt.Errorf("%q is not a regular file: name another", file))
-}
+func auditDigest(line []byte) string { return fmt.Sprintf("%x", sha256.Sum256(line)) }
 
 // openAppend opens a file for append: the server's own log.
 func openAppend(file string) (*os.File, error) {
@@ -284,48 +258,62 @@ type auditLine struct {
 	Record auditRecord
 	Head   auditHead
 	Torn   bool // it is no record
+	Ended  bool // by a newline
 }
 
 func parseAuditLine(line []byte) (a auditLine) {
-	line = bytes.TrimSuffix(line, []byte("\n"))
+	line, a.Ended = bytes.CutSuffix(line, []byte("\n"))
 	err := json.Unmarshal(line, &a.Record)
 	a.Raw, a.Head, a.Torn = string(line), auditHead{a.Record.Seq, auditDigest(line)}, err != nil || a.Record.Seq == 0
 	return a
 }
 
-// readLines reads all whole lines from an offset on, and the beginning of one that has no newline yet.
-func readLines(f *os.File, at int64) (lines [][]byte, torn []byte, err error) {
-	data, err := io.ReadAll(io.NewSectionReader(f, at, math.MaxInt64-at))
+// readLines reads the whole lines from an offset on, as many as maxAuditRead bytes hold, and the beginning of a further one.
+func readLines(f *os.File, at int64) (lines [][]byte, rest []byte, err error) {
+	data, err := io.ReadAll(io.NewSectionReader(f, at, maxAuditRead))
 	end := bytes.LastIndexByte(data, '\n') + 1
 	return slices.Collect(bytes.Lines(data[:end])), data[end:], err
 }
 
-// readAudit hands emit the last n lines that are whole, or those that maxAuditTail bytes hold. With follow it goes on with each new one
-// until emit fails, also in the file that takes this one's place; a file that was cut is read from its start again.
+// readAudit hands emit the last n whole lines, as many as maxAuditRead bytes hold, or (allLines) every line. With follow it goes on with
+// each new one until emit fails, also in the file that takes this one's place; a file that was cut is read from its start again.
 func readAudit(file string, n int, follow bool, emit func(auditLine) error) error {
-	f, info, err := openPlain(file, os.O_RDONLY)
+	f, err := openTrusted(file, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	for at, anew := max(0, info.Size()-maxAuditTail), false; ; n = math.MaxInt {
-		lines, _, err := readLines(f, at)
+	info, err := f.Stat()
+	if err != nil || !info.Mode().IsRegular() {
+		return cmp.Or(err, fmt.Errorf("%q is not a regular file: name another", file))
+	}
+	at, anew := int64(0), false
+	if n < allLines {
+		at = max(0, info.Size()-maxAuditRead)
+	}
+	for ; ; n = allLines {
+		lines, rest, err := readLines(f, at)
+		end := len(lines) == 0
+		if end && n == allLines && !follow && len(rest) > 0 {
+			lines = append(lines, rest)
+		}
 		for i, line := range lines {
 			at += int64(len(line))
 			if err == nil && i >= len(lines)-n {
 				err = emit(parseAuditLine(line))
 			}
 		}
-		if err != nil || !follow {
+		switch {
+		case err != nil || !follow && (end || n < allLines):
 			return err
-		}
-		if anew {
+		case anew && end:
 			f.Close()
-			return readAudit(file, math.MaxInt, follow, emit)
+			return readAudit(file, allLines, follow, emit)
+		case follow:
+			time.Sleep(auditPoll)
+			now, gone := os.Lstat(file) // before it is read again: a file that was renamed away may have got a last line
+			anew = gone == nil && (!os.SameFile(now, info) || now.Size() < at)
 		}
-		time.Sleep(auditPoll)
-		now, gone := os.Lstat(file) // before it is read again: a file that was renamed away may have got a last line
-		anew = gone == nil && (!os.SameFile(now, info) || now.Size() < at)
 	}
 }
 
@@ -337,43 +325,33 @@ type auditReport struct {
 	Torn    int // torn lines, kept and covered
 }
 
-// verifyAudit reads a whole log, a line at a time; the error names the first line that breaks the chain. With a known head,
-// that record must be in it, or be the one before its first.
+// verifyAudit reads a whole log; the error names the first line that breaks the chain. With a known head, that record must be in it, or be
+// the one before its first.
 func verifyAudit(file, known string) (rep auditReport, err error) {
-	f, _, err := openPlain(file, os.O_RDONLY)
-	if err != nil {
-		return rep, err
-	}
-	defer f.Close()
 	number, prev, found, torn := 0, noPrev, known == "", false
-	broken := func(format string, args ...any) (auditReport, error) {
-		return rep, fmt.Errorf("%q is broken at line %d: %s", file, max(number, 1), fmt.Sprintf(format, args...))
-	}
-	for r := bufio.NewReaderSize(f, maxAuditLine); err == nil; {
-		var line []byte
-		if line, err = r.ReadSlice('\n'); len(line) == 0 {
-			break
-		}
-		a := parseAuditLine(line)
+	err = readAudit(file, allLines, false, func(a auditLine) error {
 		follows := a.Record.Prev == prev && (rep.Records == 0 || a.Head.Seq == rep.Head.Seq+1)
-		number, prev, torn = number+1, a.Head.Digest, a.Torn && err == nil
+		number, prev, torn = number+1, a.Head.Digest, a.Torn && a.Ended
 		switch {
+		case len(a.Raw) >= maxAuditRead:
+			return errors.New("it is longer than any record")
 		case a.Torn:
 			rep.Torn++
 		case !follows && (number > 1 || a.Head.Seq == 1): // the first line of a rotated file follows from the old file
-			return broken("it does not follow from the line before: that one was changed, or lines were removed, added or moved")
+			return errors.New("it does not follow from the line before: that one was changed, or lines were removed, added or moved")
 		default:
 			found = found || known == a.Head.String() || known == auditHead{a.Head.Seq - 1, a.Record.Prev}.String()
 			rep.Records, rep.Begins, rep.Head = rep.Records+1, cmp.Or(rep.Begins, a.Head.Seq), a.Head
 		}
+		return nil
+	})
+	if err == nil && torn {
+		err = errors.New("it is not a record, and no later one covers it")
 	}
-	switch {
-	case err != io.EOF:
-		return broken("it cannot be read, or is longer than any record: %v", err)
-	case torn:
-		return broken("it is not a record, and no later one covers it")
-	case !found:
-		return rep, fmt.Errorf("%q holds records %d to %d, and the head %q is not among them", file, rep.Begins, rep.Head.Seq, known)
+	if err != nil && number > 0 {
+		return rep, fmt.Errorf("%q is broken at line %d: %w", file, number, err)
+	} else if err == nil && !found {
+		err = fmt.Errorf("%q holds records %d to %d, and the head %q is not among them", file, rep.Begins, rep.Head.Seq, known)
 	}
-	return rep, nil
+	return rep, err
 }

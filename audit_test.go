@@ -181,7 +181,7 @@ func TestAuditTampering(t *testing.T) {
 			return join(l[0], l[1], l[2], four, five)
 		}, 4},
 		{"beginning forged", func(l []string) string { l[0] = strings.Replace(l[0], noPrev[:4], "1111", 1); return l[0] }, 1},
-		{"longer than any record", func(l []string) string { return join(l[0], strings.Repeat("x", maxAuditLine), "\n", l[1]) }, 2},
+		{"longer than any record", func(l []string) string { return join(l[0], strings.Repeat("x", maxAuditRead), "\n", l[1]) }, 2},
 		{"beginning cut off: as rotated", func(l []string) string { return join(l[2], l[3], l[4]) }, 0},
 		{"torn at the end", func(l []string) string { return join(l...) + l[4][:20] }, 0},
 		{"end cut off: only the head tells", func(l []string) string { return join(l[0], l[1]) }, 0},
@@ -328,6 +328,38 @@ func TestAuditContinuesLongFile(t *testing.T) {
 	}
 	if rep := wantChain(t, file); rep.Records != 4 {
 		t.Errorf("%+v", rep)
+	}
+}
+
+// A file of several times what is read at once is verified to its end, and its last lines are found.
+func TestAuditReadsInParts(t *testing.T) {
+	l, file := newTestAudit(t)
+	long := strings.Repeat("\x01", 200<<10)
+	const n = 30
+	for range n {
+		appendAudit(t, l, long)
+	}
+	if size := readSize(file); size < 2*maxAuditRead {
+		t.Fatalf("%d bytes only", size)
+	}
+	if rep := wantChain(t, file); rep.Records != n || rep.Head != l.head() {
+		t.Errorf("%+v", rep)
+	}
+	if lines, err := tailAudit(file, 3); err != nil || len(lines) != 3 || lines[2].Head != l.head() {
+		t.Errorf("%d lines, %v", len(lines), err)
+	}
+	l.close()
+	text := strings.SplitAfter(readTestFile(t, file), "\n")
+	if err := os.Truncate(file, readSize(file)-100); err != nil {
+		t.Fatal(err)
+	}
+	if rep := wantChain(t, file); rep.Records != n-1 || rep.Torn != 1 {
+		t.Errorf("torn: %+v", rep)
+	}
+	text[n-5] = strings.Replace(text[n-5], "u0001", "u0002", 1)
+	writeTestFile(t, file, strings.Join(text, ""))
+	if line, why := auditBreak(t, file, ""); line != n-3 {
+		t.Errorf("broken at line %d: %s", line, why)
 	}
 }
 

@@ -439,7 +439,7 @@ func (t *terminal) tryHosts(hosts []string, port string) (err error) {
 // ---- the policy
 
 func cliACLList(t *terminal) error {
-	return showList(t, false, t.snap.policy.rules(), "deny\teverything else", func(r *rule) string {
+	return showList(t, false, t.snap.policy, "deny\teverything else", func(r *rule) string {
 		rule, _ := r.Rule.MarshalJSON() // strings always marshal
 		return fmt.Sprintf("%s\t%s\t%s", r.List, rule, r.Source)
 	})

@@ -437,7 +437,7 @@ func restartValues(p paths) (map[string]string, error) {
 // snapshot is one consistent state of everything that reloads; a request is decided and run under one snapshot.
 type snapshot struct {
 	settings
-	policy   *policy
+	policy   policy
 	env      []string    // the built environment of commands, key-free, sorted
 	hookEnv  []string    // of hooks: they run as the server's user, whose home is not exec.user's to write to
 	pathDirs []string    // the server's own PATH, absolute directories only, where commands are found

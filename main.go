@@ -94,7 +94,7 @@ func (c loaded) warnings() []string {
 	if a, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !a.Unmap().IsLoopback()) {
 		list = append(list, c.server.Address+" is plain HTTP beyond this machine: put TLS, a VPN or a firewall in front")
 	}
-	for _, r := range c.snap.policy.rules() {
+	for _, r := range c.snap.policy {
 		if why := broad(r.Rule); r.List == "allow" && why != "" {
 			list = append(list, fmt.Sprintf("the allow rule %q (%s) is broad: %s", r.Rule, r.Source, why))
 		}

@@ -300,9 +300,9 @@ func (p *plugin) sees(argv []string) bool {
 }
 
 // approve is the second decision, about what a hook or a route leads to; a trusted plugin with "invoke":"run" alone is spared it.
-func (p *plugin) approve(pol *policy, argv []string) (approved, decision) {
+func (p *plugin) approve(pol policy, argv []string) (approved, decision) {
 	if p.Type == "trusted" && p.Invoke == "run" {
-		return approveUnchecked(argv, p.Rules.Source), decision{Allowed: true, List: "trusted", Source: p.Rules.Source}
+		return approveUnchecked(argv), decision{Allowed: true, List: "trusted", Source: p.Rules.Source}
 	}
 	return pol.decide(argv)
 }
@@ -330,7 +330,7 @@ func (p *plugin) runHook(which string, in map[string]any, run func(what approved
 		return answer, fmt.Errorf("the hook %q has changed since the server started: run aexec restart (%v)", hook, err)
 	}
 	in["plugin"] = map[string]string{"name": p.Name, "type": p.Type, "command": p.Command, "invoke": p.Invoke}
-	out := run(approveUnchecked([]string{filepath.Join(p.dir, hook)}, p.Rules.Source), marshal(in))
+	out := run(approveUnchecked([]string{filepath.Join(p.dir, hook)}), marshal(in))
 	if out.end != endExit || !out.exited || out.exitCode != 0 {
 		return answer, fmt.Errorf("the hook %q ended by %s, exit code %d, signal %q, saying %.*q", hook, out.end, out.exitCode, out.signal,
 			maxHookText, bytes.Join(out.stderr, nil))
@@ -399,7 +399,7 @@ type pluginOrder struct {
 // toolProbe asks tools about themselves. No rule decides that: the operator named the tool at this machine's own terminal.
 func toolProbe(ctx context.Context, r *runner, snap *snapshot) func(argv []string) outcome {
 	return func(argv []string) outcome {
-		return r.run(ctx, command{what: approveUnchecked(argv, "plugin create"), env: snap.env, pathDirs: snap.pathDirs, cwd: "/",
+		return r.run(ctx, command{what: approveUnchecked(argv), env: snap.env, pathDirs: snap.pathDirs, cwd: "/",
 			noNewPrivs: true, timeout: probeTimeout, killGrace: probeKillGrace, maxBytes: maxProbeOutput})
 	}
 }

@@ -279,13 +279,13 @@ func parseSettings(p paths, data []byte) (*settings, error) {
 
 // compileSettings compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests,
 // where a string is split on single spaces.
-func compileSettings(set *settings, plugins []ruleSet) (*policy, error) {
+func compileSettings(set *settings, plugins []ruleSet) (policy, error) {
 	r, off := set.source, func(plugin ruleSet) bool { return set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) }
 	own := ruleSet{Source: "settings.json", Allow: set.Exec.Allow, Deny: set.Exec.Deny}
 	compiled, err := compilePolicy(append([]ruleSet{own}, slices.DeleteFunc(slices.Clone(plugins), off)...))
 	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == own.Source {
 		key := "exec." + bad.List
-		return nil, r.fail(r.nodes[key].items[bad.Index].start, key, "rule %q: %v", bad.Rule, bad.Err)
+		return nil, r.fail(r.nodes[key].items[bad.Index].start, key, "rule %q: %v", bad.Rule, errors.Unwrap(bad.error))
 	} else if err != nil {
 		return nil, err
 	}
