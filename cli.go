@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"embed"
@@ -14,7 +13,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
 	"net/netip"
 	"os"
 	"regexp"
@@ -34,58 +32,48 @@ import (
 //go:embed skills/_help.txt
 var helpFile embed.FS
 
-// trait is what must be right for a command to work at all, and what it is like.
-type trait int
+// need is what must be right for a command to work at all; if it is not, the command fails with all that is wrong.
+type need int
 
 const (
-	needsSettings trait = 1 << iota // settings.json can be read
-	needsPolicy                     // and is in force, rules and tests included
-	needsName                       // --name was given
-	needsNothing                    // not even a configuration directory
-	onlyReads                       // works beneath a server's own command too
-	wraps                           // from the first argument on everything is a command, flags included
+	needsDir      need = iota // a place for the configuration
+	needsNothing              // not even that
+	needsSettings             // settings.json can be read
+	needsPolicy               // and is in force, rules and tests included
 )
 
-// cliCommand is one command; its flags are those that its help explains. They stand before, between or after the arguments,
-// up to "--". One that does nothing (run is nil) is a group, whose help lists its commands.
+// cliCommand is one command; its flags and arguments are those that its help shows.
 type cliCommand struct {
-	name        string
-	run         func(t *terminal) error
-	least, most int // arguments; -1: any number
-	traits      trait
+	run   func(t *terminal) error
+	needs need
+	reads bool // works beneath a server's own command too
 }
 
-// cliCommands is the whole surface.
-func cliCommands() []cliCommand {
-	return []cliCommand{
-		{"", nil, 1, -1, onlyReads | wraps},
-		{"setup", cliSetup, 0, 0, 0},
-		{"start", cliStart, 0, 0, 0},
-		{"stop", cliStop, 0, 0, 0},
-		{"restart", cliStart, 0, 0, 0},
-		{"status", cliStatus, 0, 0, onlyReads},
-		{"config", cliConfig, 0, 0, 0},
-		{"share", cliShare, 0, 0, 0},
-		{"key", nil, 1, -1, onlyReads | wraps},
-		{"key rotate", cliKeyRotate, 0, 0, 0},
-		{"acl", nil, 1, -1, onlyReads | wraps},
-		{"acl list", cliACLList, 0, 0, needsPolicy | onlyReads},
-		{"acl check", cliACLCheck, 1, -1, needsPolicy | onlyReads | wraps},
-		{"acl doctor", cliACLDoctor, 0, 0, needsPolicy},
-		{"acl add", cliACLEdit, 1, 1, 0},
-		{"acl remove", cliACLEdit, 1, 1, 0},
-		{"audit", cliAudit, 0, 0, 0},
-		{"audit verify", cliAuditVerify, 0, 1, onlyReads},
-		{"plugin", nil, 1, -1, onlyReads | wraps},
-		{"plugin list", cliPluginList, 0, 0, needsSettings | onlyReads},
-		{"plugin create", cliPluginMake, 0, 0, needsPolicy | needsName},
-		{"plugin enable", cliPluginEdit("enable", "enabled, from the next start on"), 0, 0, needsSettings | needsName},
-		{"plugin disable", cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), 0, 0, needsSettings | needsName},
-		{"plugin remove", cliPluginEdit("remove", "removed; a restart unloads it for good"), 0, 0, needsSettings | needsName},
-		{"plugin doctor", cliPluginDoctor, 0, 0, needsSettings},
-		{"starterkit", cliPluginMake, 0, -1, needsPolicy},
-		{"version", func(t *terminal) error { return t.say("agent-exec %s", version) }, 0, 0, needsNothing | onlyReads},
-	}
+// cliCommands is the whole surface. What has a help, and no line here, is a group of them.
+var cliCommands = map[string]cliCommand{
+	"setup":          {cliSetup, needsDir, false},
+	"start":          {cliStart, needsDir, false},
+	"stop":           {cliStop, needsDir, false},
+	"restart":        {cliStart, needsDir, false},
+	"status":         {cliStatus, needsDir, true},
+	"config":         {cliConfig, needsDir, false},
+	"share":          {cliShare, needsDir, false},
+	"key rotate":     {cliKeyRotate, needsDir, false},
+	"acl list":       {cliACLList, needsPolicy, true},
+	"acl check":      {cliACLCheck, needsPolicy, true},
+	"acl doctor":     {cliACLDoctor, needsPolicy, false},
+	"acl add":        {cliACLEdit, needsDir, false},
+	"acl remove":     {cliACLEdit, needsDir, false},
+	"audit":          {cliAudit, needsDir, false},
+	"audit verify":   {cliAuditVerify, needsDir, true},
+	"plugin list":    {cliPluginList, needsSettings, true},
+	"plugin create":  {cliPluginMake, needsPolicy, false},
+	"plugin enable":  {cliPluginEdit("enable", "enabled, from the next start on"), needsSettings, false},
+	"plugin disable": {cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), needsSettings, false},
+	"plugin remove":  {cliPluginEdit("remove", "removed; a restart unloads it for good"), needsSettings, false},
+	"plugin doctor":  {cliPluginDoctor, needsSettings, false},
+	"starterkit":     {cliPluginMake, needsPolicy, false},
+	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, needsNothing, true},
 }
 
 // ---- from arguments to a command
@@ -122,8 +110,7 @@ func cli(args []string) int {
 }
 
 func (t *terminal) main(args []string) int {
-	c, rest := findCommand(args)
-	err := t.call(c, rest)
+	err := t.call(args)
 	if status, ok := errors.AsType[exitStatus](err); ok || err == nil {
 		return int(status)
 	}
@@ -132,67 +119,54 @@ func (t *terminal) main(args []string) int {
 		t.show(false, 0, serverInfo{Error: err.Error()}, "")
 	}
 	if _, ok := errors.AsType[usageError](err); ok {
-		fmt.Fprintf(t.err, "\n%s", c.help())
+		fmt.Fprintf(t.err, "\n%s", t.help())
 		return 2
 	}
 	return 1
 }
 
-// findCommand takes the words of a command off the arguments: two, one, or none, where the name is "".
-func findCommand(args []string) (cliCommand, []string) {
-	if len(args) > 0 && args[0] == "help" {
+// call finds the command, which is the longest that there is a help for, and runs it.
+func (t *terminal) call(args []string) error {
+	switch name := strings.Join(args[:min(1, len(args))], ""); name {
+	case "help":
 		args = append(args[1:], "--help")
+	case "-v", "--version":
+		args = append([]string{"version"}, args[1:]...)
 	}
-	all := cliCommands()
-	for n := min(2, len(args)); ; n-- {
-		name := strings.Join(args[:n], " ")
-		if name == "-v" || name == "--version" {
-			name = "version"
-		}
-		if i := slices.IndexFunc(all, func(c cliCommand) bool { return c.name == name }); i >= 0 {
-			return all[i], args[n:]
-		}
+	words := min(2, len(args))
+	for words > 0 && helpText("aexec "+strings.Join(args[:words], " ")) == "" {
+		words--
 	}
-}
-
-// call runs a command.
-func (t *terminal) call(c cliCommand, args []string) (err error) {
-	t.command = c.name
-	err = t.parse(c, args)
+	t.command = strings.Join(args[:words], " ")
+	c, err := cliCommands[t.command], t.parse(t.help(), args[words:])
 	switch {
+	case c.run == nil && len(t.args) > 0:
+		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(t.command+" "+t.args[0])))
 	case errors.Is(err, flag.ErrHelp):
-		return t.say("%s", strings.TrimSpace(c.help()))
-	case c.traits&onlyReads == 0 && t.beneath:
-		return fmt.Errorf("%s does not work beneath an aexec server, which does not administer itself\nhint: run it from a shell", c.name)
+		return t.say("%s", strings.TrimSpace(t.help()))
+	case t.beneath && c.run != nil && !c.reads:
+		return fmt.Errorf("%s does not work beneath an aexec server, which does not administer itself\nhint: run it from a shell", t.command)
 	case err != nil:
 		return usageError(err.Error())
-	case len(t.args) < c.least:
-		return usageError(pick(c.run == nil, "a command is missing", "an argument is missing"))
 	case c.run == nil:
-		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+t.args[0])))
-	case c.most >= 0 && len(t.args) > c.most:
-		return usageError(fmt.Sprintf("unexpected argument %q", t.args[c.most]))
-	case c.traits&needsName != 0 && t.flags["name"] == "":
-		return usageError("--name is missing")
-	case c.name == "plugin create" && t.flags["command"] == "":
-		return usageError("--command is missing")
-	case c.traits&needsNothing != 0:
-		return c.run(t)
+		return usageError("a command is missing")
 	}
-	if t.loaded, err = load(t.from); err != nil {
-		return err
-	}
-	if c.traits&needsPolicy != 0 && t.snap == nil || c.traits&needsSettings != 0 && t.settings == nil {
-		return t.startable()
+	t.loaded = load(t.from)
+	unmet := map[need]bool{needsDir: t.dir == "", needsSettings: t.settings == nil, needsPolicy: t.snap == nil}
+	if unmet[c.needs] {
+		return t.wrong
 	}
 	return c.run(t)
 }
 
-// parse reads flags and arguments by the command's help, where each line of a flag defines it.
-func (t *terminal) parse(c cliCommand, args []string) error {
-	set := flag.NewFlagSet(c.name, flag.ContinueOnError)
+// flagLine is the line of a flag in a help.
+var flagLine = regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `)
+
+// parse reads flags and arguments by a command's help. Flags stand before, between or after the arguments, up to "--".
+func (t *terminal) parse(help string, args []string) error {
+	set := flag.NewFlagSet(t.command, flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	for _, f := range regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `).FindAllStringSubmatch(c.help(), -1) {
+	for _, f := range flagLine.FindAllStringSubmatch(help, -1) {
 		switch f[2] {
 		case "":
 			set.Bool(f[1], false, "")
@@ -202,13 +176,16 @@ func (t *terminal) parse(c cliCommand, args []string) error {
 			set.String(f[1], "", "")
 		}
 	}
+	usage, _, _ := strings.Cut(help, "\n")
+	_, form, _ := strings.Cut(usage, "[flags]")
+	form, wraps := strings.CutPrefix(form, " -- ")
 	for t.args = nil; ; { // package flag stops at the first argument, and we go on behind it
 		if err := set.Parse(args); err != nil {
 			return err
 		}
 		rest := set.Args()
 		parsed := len(args) - len(rest)
-		if c.traits&wraps != 0 || len(rest) == 0 || parsed > 0 && args[parsed-1] == "--" {
+		if wraps || len(rest) == 0 || parsed > 0 && args[parsed-1] == "--" {
 			t.args = append(t.args, rest...)
 			break
 		}
@@ -219,10 +196,27 @@ func (t *terminal) parse(c cliCommand, args []string) error {
 	host := cmp.Or(t.flags["host"], pick(t.on("public"), "0.0.0.0", ""))
 	port, _ := strconv.Atoi(t.flags["port"]) // package flag has seen to it that it is a number
 	t.from = startupFlags{key: handedKey(), host: host, port: port, portSet: t.flags["port"] != ""}
+	left := t.args
+	for _, word := range strings.Fields(form) {
+		name, _, isFlag := strings.Cut(strings.TrimPrefix(word, "--"), "=")
+		switch missing := isFlag && t.flags[name] == "" || !isFlag && len(left) == 0; {
+		case missing && word[0] != '[':
+			return fmt.Errorf("%s is missing", word)
+		case strings.Contains(word, "…"):
+			left = nil
+		case !missing && !isFlag:
+			left = left[1:]
+		}
+	}
+	if len(left) > 0 {
+		return fmt.Errorf("unexpected argument %q", left[0])
+	}
 	return nil
 }
 
 func (t *terminal) on(name string) bool { return t.flags[name] == "true" }
+
+func (t *terminal) help() string { return helpText(strings.TrimSpace("aexec " + t.command)) }
 
 // helpText is one text of skills/_help.txt.
 func helpText(name string) string {
@@ -232,8 +226,6 @@ func helpText(name string) string {
 	return text
 }
 
-func (c cliCommand) help() string { return helpText(cmp.Or(c.name, "aexec")) }
-
 // ---- how it is said
 
 // escapeWriter is the last look at all that goes out: no control or formatting character reaches a terminal, even where %q
@@ -241,13 +233,9 @@ func (c cliCommand) help() string { return helpText(cmp.Or(c.name, "aexec")) }
 type escapeWriter struct{ w io.Writer }
 
 func (e escapeWriter) Write(p []byte) (int, error) {
-	hidden := func(c rune) bool { return c != '\n' && !strconv.IsPrint(c) || c == utf8.RuneError } // or no character at all
-	if !bytes.ContainsFunc(p, hidden) {
-		return e.w.Write(p)
-	}
-	var out []byte
+	out := make([]byte, 0, len(p))
 	for _, c := range string(p) {
-		if !hidden(c) {
+		if c == '\n' || strconv.IsPrint(c) && c != utf8.RuneError { // which is no character at all
 			out = utf8.AppendRune(out, c)
 			continue
 		}
@@ -341,10 +329,11 @@ func cliKeyRotate(t *terminal) error {
 	}
 	t.say("a new key is in %q; aexec share prints it; the old key holds until: aexec restart", t.env)
 	t.warnIf(t.start.keyInEnv, "API_KEY in the environment goes before .env: change it there too")
-	if t.on("restart") {
-		return t.call(findCommand([]string{"restart"}))
+	if !t.on("restart") {
+		return nil
 	}
-	return nil
+	t.loaded = load(t.from)
+	return cliStart(t)
 }
 
 func problemText(p pluginProblem) string {
@@ -354,7 +343,7 @@ func problemText(p pluginProblem) string {
 
 func cliConfig(t *terminal) error {
 	files, settings := configFiles(t.paths), []settingInfo{}
-	if s := t.start; t.startErr == nil {
+	if s := t.start; s.key != nil {
 		settings = []settingInfo{{"API_KEY", s.key.id(), false}, {"HOST", s.host, false}, {"PORT", s.port, false},
 			{"AGENT_EXEC_ENABLED", s.enabled, false}, {"AGENT_EXEC_ALLOW_QUERY_API_KEY", s.allowQueryKey, false}}
 	}
@@ -368,7 +357,7 @@ func cliConfig(t *terminal) error {
 		value, _ := json.Marshal(row.Value) // came from JSON
 		return fmt.Sprintf("%s\t%s\t%s", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
 	})...)
-	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
+	return errors.Join(t.wrong, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
 }
 
 // ---- handing out access
@@ -376,7 +365,9 @@ func cliConfig(t *terminal) error {
 func cliShare(t *terminal) error {
 	bound, port, _ := net.SplitHostPort(t.server.Address)
 	hosts, err := t.shareHosts(bound)
-	if err = cmp.Or(t.startErr, err); err != nil {
+	if t.start.key == nil {
+		return t.wrong
+	} else if err != nil {
 		return err
 	} else if t.on("check") {
 		return t.tryHosts(hosts, port)
@@ -421,13 +412,10 @@ func (t *terminal) shareHosts(bound string) (hosts []string, err error) {
 	return []string{bound}, nil
 }
 
-// tryHosts asks for what an agent reads first. The key is not sent: another program may listen there.
+// tryHosts asks for what an agent reads first.
 func (t *terminal) tryHosts(hosts []string, port string) (err error) {
 	for _, host := range hosts {
-		code, body, problem := probeServer(net.JoinHostPort(host, port), "/SKILL.md")
-		if problem == nil && code != http.StatusOK {
-			problem = fmt.Errorf("the answer is %d, %.300q", code, body) // which says what to do
-		}
+		problem := probeServer(net.JoinHostPort(host, port))
 		if problem != nil {
 			err = exitStatus(1)
 		}

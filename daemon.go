@@ -21,7 +21,7 @@ import (
 
 const (
 	readyWait   = 30 * time.Second // from start to the first answer, which takes milliseconds
-	stopWait    = 30 * time.Second // beyond killGraceMs of the commands that run
+	stopWait    = 2 * time.Minute  // killGraceMs of the commands that run, and more
 	killWait    = 5 * time.Second  // after SIGKILL only the kernel can delay a process
 	endPause    = 5 * time.Millisecond
 	handoverVar = "AGENT_EXEC_HANDOVER"
@@ -70,14 +70,13 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 		return info, false, err
 	}
 	if json.NewDecoder(f).Decode(&info) != nil || info.Pid != pid {
-		info = serverInfo{}
+		info = serverInfo{Pid: pid}
 	}
-	info.Pid = pid
 	return info, true, nil
 }
 
-// startBackground re-executes this binary as `start -f --json` with our flags, its standard error to the log, in a session of
-// its own where no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error.
+// startBackground re-executes this binary as `start -f --json`, its standard error to the log, in a session of its own where
+// no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error.
 func (t *terminal) startBackground() error {
 	output, err := openAppend(t.log)
 	if err != nil {
@@ -89,11 +88,8 @@ func (t *terminal) startBackground() error {
 		return err
 	}
 	defer ours.Close()
-	self, _ := os.Executable()                                                     // "" cannot be started
-	argv := []string{os.Args[0], "start", "-f", "--json", "--host=" + t.from.host} // "": not given
-	if t.from.portSet {
-		argv = append(argv, "--port="+t.flags["port"])
-	}
+	self, _ := os.Executable() // "" cannot be started
+	argv := []string{os.Args[0], "start", "-f", "--json", "--host=" + t.start.host, "--port=" + strconv.Itoa(t.start.port)}
 	child, err := os.StartProcess(self, argv, &os.ProcAttr{
 		Files: []*os.File{nil, theirs, output}, Sys: &syscall.SysProcAttr{Setsid: true}, // for nil, Go opens /dev/null
 	})
@@ -103,12 +99,10 @@ func (t *terminal) startBackground() error {
 	}
 	defer time.AfterFunc(readyWait, func() { child.Kill() }).Stop() // which ends its report, too
 	var info serverInfo
-	if json.NewDecoder(ours).Decode(&info) != nil {
-		info.Error = "the server ended before it answered: see " + t.log
-	}
-	if info.Error != "" {
+	json.NewDecoder(ours).Decode(&info) // an end without a word leaves it empty
+	if info.Pid == 0 {
 		child.Wait()
-		return errors.New(info.Error)
+		return errors.New(cmp.Or(info.Error, "the server ended before it answered: see "+t.log))
 	}
 	return t.started(info)
 }
@@ -139,23 +133,20 @@ func handedKey() string {
 	return string(text)
 }
 
-// endProcess signals a process and waits until it is dead (a zombie is). Whether the number still means the right one counts
-// only when asked with a handle that cannot come to mean another; if it does not, the right one is gone.
-func endProcess(pid int, s syscall.Signal, wait time.Duration, isRight func() bool) error {
+// endProcess signals a process once, and returns when it is not the one to end any more: it holds no lock, listens nowhere.
+// That is asked with a handle that cannot come to mean another process.
+func endProcess(pid int, s syscall.Signal, wait time.Duration, isRight func() bool) (err error) {
 	p, _ := os.FindProcess(pid) // where the system has them, a pidfd; it never fails
 	defer p.Release()
-	if !isRight() {
-		return nil
+	if isRight() {
+		err = p.Signal(s)
 	}
-	for deadline, err := time.Now().Add(wait), p.Signal(s); time.Now().Before(deadline); err = p.Signal(syscall.Signal(0)) {
-		if errors.Is(err, os.ErrProcessDone) || err == nil && isDead(pid) {
-			return nil
-		} else if err != nil {
-			return fmt.Errorf("end process %d: %w", pid, err)
+	for begun := time.Now(); isRight(); time.Sleep(endPause) {
+		if err != nil || time.Since(begun) > wait {
+			return fmt.Errorf("process %d has not ended within %s: %w", pid, wait, cmp.Or(err, errors.New("it is still there")))
 		}
-		time.Sleep(endPause)
 	}
-	return fmt.Errorf("process %d has not ended within %s", pid, wait)
+	return nil
 }
 
 // portHolders gives the processes that listen on a TCP port, and their names (foreign text, to be quoted): those that this
@@ -189,13 +180,12 @@ func portHolders(p paths, port int) map[int]string {
 
 // cliStart is start and restart, which stops nothing before it knows that what is on disk can start again.
 func cliStart(t *terminal) error {
-	if err := t.startable(); err != nil {
-		return err
+	err := t.wrong
+	if err == nil && t.running && t.command != "start" {
+		err = t.stop()
 	}
-	if t.running && t.command == "restart" {
-		if err := t.stop(); err != nil {
-			return err
-		}
+	if err != nil {
+		return err
 	}
 	if t.on("force") {
 		t.freePort(t.start.port) // if it cannot, the start says so
@@ -217,55 +207,51 @@ func (t *terminal) started(info serverInfo) error {
 }
 
 func cliStop(t *terminal) error {
-	if !t.from.portSet {
+	port, err := strconv.Atoi(t.flags["port"])
+	if err != nil { // it was not given
 		return t.stop()
 	} else if !t.on("force") {
 		return usageError("--port kills whatever listens there: it takes --force as well")
 	}
-	return t.freePort(t.from.port)
+	return t.freePort(port)
 }
 
 // stop ends the server, and returns when it is gone.
 func (t *terminal) stop() error {
-	pid, wait := t.server.Pid, stopWait
-	if !t.running {
-		return cmp.Or(t.serverErr, errors.New("not running\nhint: aexec start"))
-	} else if t.settings != nil {
-		wait += t.settings.KillGrace
+	info, running, err := findServer(t.paths)
+	if !running {
+		return cmp.Or(err, errors.New("not running\nhint: aexec start"))
 	}
-	isRight := func() bool {
+	err = endProcess(info.Pid, syscall.SIGTERM, stopWait, func() bool {
 		now, running, _ := findServer(t.paths)
-		return running && now.Pid == pid
-	}
-	if err := endProcess(pid, syscall.SIGTERM, wait, isRight); err != nil {
+		return running && now.Pid == info.Pid
+	})
+	if err != nil {
 		return err
 	}
-	return t.say("stopped: pid %d", pid)
+	return t.say("stopped: pid %d", info.Pid)
 }
 
 // freePort kills whatever listens on a port, naming it first.
-func (t *terminal) freePort(port int) error {
+func (t *terminal) freePort(port int) (err error) {
 	holders := portHolders(t.paths, port)
 	if len(holders) == 0 {
 		return fmt.Errorf("nothing that this user can see listens on port %d\nhint: as root, ss -ltnp or lsof -i :%d", port, port)
 	}
 	for pid, name := range holders {
 		t.say("killing pid %d, %q, which listens on port %d", pid, name, port)
-		isRight := func() bool {
+		err = errors.Join(err, endProcess(pid, syscall.SIGKILL, killWait, func() bool {
 			_, still := portHolders(t.paths, port)[pid]
 			return still
-		}
-		if err := endProcess(pid, syscall.SIGKILL, killWait, isRight); err != nil {
-			return err
-		}
+		}))
 	}
-	return nil
+	return err
 }
 
 func cliStatus(t *terminal) error {
 	status := map[string]any{
 		"running": t.running, "enabled": t.start.enabled, "warnings": t.warnings(),
-		"settings": cmp.Or(t.startable(), errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
+		"settings": cmp.Or(t.wrong, errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
 	}
 	readAudit(t.audit, 3, false, func(l auditLine) error { // no log, no head
 		if !l.Torn {
