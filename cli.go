@@ -32,48 +32,38 @@ import (
 //go:embed skills/_help.txt
 var helpFile embed.FS
 
-// need is what must be right for a command to work at all; if it is not, the command fails with all that is wrong.
-type need int
-
-const (
-	needsDir      need = iota // a place for the configuration
-	needsNothing              // not even that
-	needsSettings             // settings.json can be read
-	needsPolicy               // and is in force, rules and tests included
-)
-
 // cliCommand is one command; its flags and arguments are those that its help shows.
 type cliCommand struct {
-	run   func(t *terminal) error
-	needs need
-	reads bool // works beneath a server's own command too
+	run    func(t *terminal) error
+	policy bool // it needs settings that are fit to be in force
+	reads  bool // it works beneath a server's own command too
 }
 
 // cliCommands is the whole surface. What has a help, and no line here, is a group of them.
 var cliCommands = map[string]cliCommand{
-	"setup":          {cliSetup, needsDir, false},
-	"start":          {cliStart, needsDir, false},
-	"stop":           {cliStop, needsDir, false},
-	"restart":        {cliStart, needsDir, false},
-	"status":         {cliStatus, needsDir, true},
-	"config":         {cliConfig, needsDir, false},
-	"share":          {cliShare, needsDir, false},
-	"key rotate":     {cliKeyRotate, needsDir, false},
-	"acl list":       {cliACLList, needsPolicy, true},
-	"acl check":      {cliACLCheck, needsPolicy, true},
-	"acl doctor":     {cliACLDoctor, needsPolicy, false},
-	"acl add":        {cliACLEdit, needsDir, false},
-	"acl remove":     {cliACLEdit, needsDir, false},
-	"audit":          {cliAudit, needsDir, false},
-	"audit verify":   {cliAuditVerify, needsDir, true},
-	"plugin list":    {cliPluginList, needsSettings, true},
-	"plugin create":  {cliPluginMake, needsPolicy, false},
-	"plugin enable":  {cliPluginEdit("enable", "enabled, from the next start on"), needsSettings, false},
-	"plugin disable": {cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), needsSettings, false},
-	"plugin remove":  {cliPluginEdit("remove", "removed; a restart unloads it for good"), needsSettings, false},
-	"plugin doctor":  {cliPluginDoctor, needsSettings, false},
-	"starterkit":     {cliPluginMake, needsPolicy, false},
-	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, needsNothing, true},
+	"setup":          {cliSetup, false, false},
+	"start":          {cliStart, false, false},
+	"stop":           {cliStop, false, false},
+	"restart":        {cliStart, false, false},
+	"status":         {cliStatus, false, true},
+	"config":         {cliConfig, false, false},
+	"share":          {cliShare, false, false},
+	"key rotate":     {cliKeyRotate, false, false},
+	"acl list":       {cliACLList, true, true},
+	"acl check":      {cliACLCheck, true, true},
+	"acl doctor":     {cliACLDoctor, true, false},
+	"acl add":        {cliACLEdit, false, false},
+	"acl remove":     {cliACLEdit, false, false},
+	"audit":          {cliAudit, false, false},
+	"audit verify":   {cliAuditVerify, false, true},
+	"plugin list":    {cliPluginList, true, true},
+	"plugin create":  {cliPluginMake, true, false},
+	"plugin enable":  {cliPluginEdit("enable", "enabled, from the next start on"), true, false},
+	"plugin disable": {cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), true, false},
+	"plugin remove":  {cliPluginEdit("remove", "removed; a restart unloads it for good"), true, false},
+	"plugin doctor":  {cliPluginDoctor, true, false},
+	"starterkit":     {cliPluginMake, true, false},
+	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, false, true},
 }
 
 // ---- from arguments to a command
@@ -85,10 +75,10 @@ type terminal struct {
 	inTerm, outTerm bool // somebody sits there
 	beneath         bool // this is a command of an aexec server
 
-	command string
-	flags   map[string]string // those that were given; a switch is "true"
-	from    startupFlags      // those of them that go before .env
-	args    []string
+	command, help string
+	flags         map[string]string // those that were given; a switch is "true"
+	from          startupFlags      // those of them that go before .env
+	args          []string
 
 	loaded
 }
@@ -119,7 +109,7 @@ func (t *terminal) main(args []string) int {
 		t.show(false, 0, serverInfo{Error: err.Error()}, "")
 	}
 	if _, ok := errors.AsType[usageError](err); ok {
-		fmt.Fprintf(t.err, "\n%s", t.help())
+		fmt.Fprintf(t.err, "\n%s", t.help)
 		return 2
 	}
 	return 1
@@ -127,33 +117,33 @@ func (t *terminal) main(args []string) int {
 
 // call finds the command, which is the longest that there is a help for, and runs it.
 func (t *terminal) call(args []string) error {
-	switch name := strings.Join(args[:min(1, len(args))], ""); name {
+	switch strings.Join(args[:min(1, len(args))], "") {
 	case "help":
 		args = append(args[1:], "--help")
 	case "-v", "--version":
 		args = append([]string{"version"}, args[1:]...)
 	}
-	words := min(2, len(args))
-	for words > 0 && helpText("aexec "+strings.Join(args[:words], " ")) == "" {
-		words--
+	rest := args
+	for words := min(2, len(args)); t.help == ""; words-- {
+		t.command, rest = strings.Join(args[:words], " "), args[words:]
+		t.help = helpText(strings.TrimSpace("aexec " + t.command))
 	}
-	t.command = strings.Join(args[:words], " ")
-	c, err := cliCommands[t.command], t.parse(t.help(), args[words:])
+	c, err := cliCommands[t.command], t.parse(rest)
 	switch {
 	case c.run == nil && len(t.args) > 0:
 		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(t.command+" "+t.args[0])))
 	case errors.Is(err, flag.ErrHelp):
-		return t.say("%s", strings.TrimSpace(t.help()))
+		return t.say("%s", strings.TrimSpace(t.help))
 	case t.beneath && c.run != nil && !c.reads:
 		return fmt.Errorf("%s does not work beneath an aexec server, which does not administer itself\nhint: run it from a shell", t.command)
 	case err != nil:
 		return usageError(err.Error())
 	case c.run == nil:
 		return usageError("a command is missing")
+	case t.command == "version": // without a look at anything
+		return c.run(t)
 	}
-	t.loaded = load(t.from)
-	unmet := map[need]bool{needsDir: t.dir == "", needsSettings: t.settings == nil, needsPolicy: t.snap == nil}
-	if unmet[c.needs] {
+	if t.loaded = load(t.from); t.dir == "" || c.policy && t.snap == nil {
 		return t.wrong
 	}
 	return c.run(t)
@@ -162,11 +152,11 @@ func (t *terminal) call(args []string) error {
 // flagLine is the line of a flag in a help.
 var flagLine = regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `)
 
-// parse reads flags and arguments by a command's help. Flags stand before, between or after the arguments, up to "--".
-func (t *terminal) parse(help string, args []string) error {
+// parse reads flags and arguments by the command's help. Flags stand before, between or after the arguments.
+func (t *terminal) parse(args []string) error {
 	set := flag.NewFlagSet(t.command, flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	for _, f := range flagLine.FindAllStringSubmatch(help, -1) {
+	for _, f := range flagLine.FindAllStringSubmatch(t.help, -1) {
 		switch f[2] {
 		case "":
 			set.Bool(f[1], false, "")
@@ -176,20 +166,18 @@ func (t *terminal) parse(help string, args []string) error {
 			set.String(f[1], "", "")
 		}
 	}
-	usage, _, _ := strings.Cut(help, "\n")
+	usage, _, _ := strings.Cut(t.help, "\n")
 	_, form, _ := strings.Cut(usage, "[flags]")
 	form, wraps := strings.CutPrefix(form, " -- ")
-	for t.args = nil; ; { // package flag stops at the first argument, and we go on behind it
+	for t.args = nil; len(args) > 0; { // package flag stops at the first argument, and we go on behind it
 		if err := set.Parse(args); err != nil {
 			return err
 		}
-		rest := set.Args()
-		parsed := len(args) - len(rest)
-		if wraps || len(rest) == 0 || parsed > 0 && args[parsed-1] == "--" {
-			t.args = append(t.args, rest...)
-			break
+		n := set.NArg()
+		if !wraps {
+			n = min(n, 1)
 		}
-		t.args, args = append(t.args, rest[0]), rest[1:]
+		t.args, args = append(t.args, set.Args()[:n]...), set.Args()[n:]
 	}
 	t.flags = map[string]string{}
 	set.Visit(func(f *flag.Flag) { t.flags[f.Name] = f.Value.String() })
@@ -215,8 +203,6 @@ func (t *terminal) parse(help string, args []string) error {
 }
 
 func (t *terminal) on(name string) bool { return t.flags[name] == "true" }
-
-func (t *terminal) help() string { return helpText(strings.TrimSpace("aexec " + t.command)) }
 
 // helpText is one text of skills/_help.txt.
 func helpText(name string) string {
@@ -255,12 +241,6 @@ func (t *terminal) say(format string, args ...any) error {
 func (t *terminal) warnIf(yes bool, format string, args ...any) {
 	if yes {
 		fmt.Fprintf(t.err, "warning: "+format+"\n", args...)
-	}
-}
-
-func (t *terminal) warn() {
-	for _, w := range t.warnings() {
-		t.warnIf(true, "%s", w)
 	}
 }
 
@@ -374,7 +354,7 @@ func cliShare(t *terminal) error {
 	}
 	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
 	t.warnIf(slices.Contains(changedOnDisk(t.paths, t.server.Restart), "API_KEY"), "the server wants the old key until: aexec restart")
-	t.warn()
+	t.warnIf(len(t.warnings()) > 0, "%s", strings.Join(t.warnings(), "\nwarning: "))
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")
 	}

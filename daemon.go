@@ -202,7 +202,7 @@ func (t *terminal) started(info serverInfo) error {
 	t.warnIf(moved, "the address changes from http://%s to http://%s", t.server.Address, info.Address)
 	t.server, t.running = info, true
 	t.warnIf(!info.Enabled, "AGENT_EXEC_ENABLED is not true: everything but /ping is answered 503")
-	t.warn()
+	t.warnIf(len(t.warnings()) > 0, "%s", strings.Join(t.warnings(), "\nwarning: "))
 	return t.show(false, 0, info, fmt.Sprintf("started: http://%s, pid %d", info.Address, info.Pid))
 }
 
