@@ -13,7 +13,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/netip"
 	"os"
 	"regexp"
 	"slices"
@@ -342,14 +341,18 @@ func cliConfig(t *terminal) error {
 
 // ---- handing out access
 
+// hostOrAddress is a name or an address, or nothing: no http://, no port, no zone.
+var hostOrAddress = regexp.MustCompile(`^([\w.-]*|[[:xdigit:]]*:[[:xdigit:]:.]*)$`)
+
 func cliShare(t *terminal) error {
 	bound, port, _ := net.SplitHostPort(t.server.Address)
-	hosts, err := t.shareHosts(bound)
-	if t.start.key == nil {
+	hosts := t.shareHosts(bound)
+	switch ip := t.flags["ip"]; {
+	case !hostOrAddress.MatchString(ip):
+		return usageError(fmt.Sprintf("%q is no address or name of a host", ip))
+	case t.start.key == nil:
 		return t.wrong
-	} else if err != nil {
-		return err
-	} else if t.on("check") {
+	case t.on("check"):
 		return t.tryHosts(hosts, port)
 	}
 	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
@@ -366,30 +369,23 @@ func cliShare(t *terminal) error {
 	return nil
 }
 
-// hostName is letters, digits, hyphens, underscores and dots. Its last label begins with a letter, or 10.0.0.256 would be one.
-var hostName = regexp.MustCompile(`^([\w-]+\.)*[a-zA-Z][\w-]*$`)
-
 // shareHosts is the hosts of the URLs to print; link-local IPv6 addresses, which mean nothing without a zone, are left out.
-func (t *terminal) shareHosts(bound string) (hosts []string, err error) {
-	ip := t.flags["ip"]
-	a, _ := netip.ParseAddr(cmp.Or(ip, bound))
+func (t *terminal) shareHosts(bound string) (hosts []string) {
 	switch {
-	case ip != "" && (a.Zone() != "" || a.IsUnspecified() || !a.IsValid() && !hostName.MatchString(ip)):
-		return nil, usageError(fmt.Sprintf("%q is no address or name of a host (which has no http://, no port, no zone)", ip))
-	case ip != "":
-		bound = ip
+	case t.flags["ip"] != "":
+		return []string{t.flags["ip"]}
 	case t.on("all"):
-		addresses, err := net.InterfaceAddrs()
+		addresses, _ := net.InterfaceAddrs()
 		for _, a := range addresses {
-			if n, ok := a.(*net.IPNet); ok && (n.IP.To4() != nil || !n.IP.IsLinkLocalUnicast()) {
-				hosts = append(hosts, n.IP.String())
+			if host, _, _ := strings.Cut(a.String(), "/"); !strings.HasPrefix(host, "fe80:") {
+				hosts = append(hosts, host)
 			}
 		}
-		return hosts, err
-	case (t.on("local") || a.IsUnspecified()) && bound != "::1":
-		bound = "127.0.0.1"
+		return hosts
+	case bound == "0.0.0.0" || bound == "::" || t.on("local") && bound != "::1":
+		return []string{"127.0.0.1"}
 	}
-	return []string{bound}, nil
+	return []string{bound}
 }
 
 // tryHosts asks for what an agent reads first.

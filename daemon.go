@@ -21,8 +21,7 @@ import (
 
 const (
 	readyWait   = 30 * time.Second // from start to the first answer, which takes milliseconds
-	stopWait    = 2 * time.Minute  // killGraceMs of the commands that run, and more
-	killWait    = 5 * time.Second  // after SIGKILL only the kernel can delay a process
+	endWait     = 2 * time.Minute  // killGraceMs of the commands that run, and more
 	endPause    = 5 * time.Millisecond
 	handoverVar = "AGENT_EXEC_HANDOVER"
 )
@@ -133,47 +132,66 @@ func handedKey() string {
 	return string(text)
 }
 
-// endProcess signals a process once, and returns when it is not the one to end any more: it holds no lock, listens nowhere.
-// That is asked with a handle that cannot come to mean another process.
-func endProcess(pid int, s syscall.Signal, wait time.Duration, isRight func() bool) (err error) {
-	p, _ := os.FindProcess(pid) // where the system has them, a pidfd; it never fails
-	defer p.Release()
-	if isRight() {
-		err = p.Signal(s)
+// holders gives the processes that listen on a TCP port, and their names (foreign text, to be quoted): those that this user
+// may look into, by their descriptors (proc_pid_fd(5)), and our own server, which hides them, by the pid file. For the port ""
+// it gives our own server alone.
+func holders(p paths, port string) (map[int]string, error) {
+	found := map[int]string{}
+	info, running, err := findServer(p)
+	if running && (port == "" || strings.HasSuffix(info.Address, ":"+port)) {
+		found[info.Pid] = "aexec"
 	}
-	for begun := time.Now(); isRight(); time.Sleep(endPause) {
-		if err != nil || time.Since(begun) > wait {
-			return fmt.Errorf("process %d has not ended within %s: %w", pid, wait, cmp.Or(err, errors.New("it is still there")))
-		}
-	}
-	return nil
-}
-
-// portHolders gives the processes that listen on a TCP port, and their names (foreign text, to be quoted): those that this
-// user may look into, by their descriptors (proc_pid_fd(5)), and our own server, which hides them, by the pid file.
-func portHolders(p paths, port int) map[int]string {
-	table, _ := os.ReadFile("/proc/net/tcp") // missing where there is no such protocol, or no /proc
+	number, _ := strconv.ParseUint(port, 10, 16) // of 0, no process listens
+	table, _ := os.ReadFile("/proc/net/tcp")     // missing where there is no such protocol, or no /proc
 	table6, _ := os.ReadFile("/proc/net/tcp6")
 	var sockets []string // as the links name them
 	for line := range strings.Lines(string(table) + string(table6)) {
 		f := strings.Fields(line) // 1: local address, 3: state, 0A for listening, 9: inode (proc_pid_net(5))
-		if len(f) > 9 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+		if len(f) > 9 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", number)) {
 			sockets = append(sockets, "socket:["+f[9]+"]")
 		}
 	}
-	holders := map[int]string{}
-	if info, _, _ := findServer(p); strings.HasSuffix(info.Address, ":"+strconv.Itoa(port)) {
-		holders[info.Pid] = "aexec"
+	if len(sockets) == 0 {
+		return found, err
 	}
 	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 	for _, link := range links {
 		if target, _ := os.Readlink(link); slices.Contains(sockets, target) {
 			pid, _ := strconv.Atoi(strings.Split(link, "/")[2])
 			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-			holders[pid] = strings.TrimSpace(string(name))
+			found[pid] = strings.TrimSpace(string(name))
 		}
 	}
-	return holders
+	return found, err
+}
+
+// end signals each holder once, naming it first, and returns when none of them is one any more.
+func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error {
+	all, err := holders(t.paths, port)
+	if len(all) == 0 {
+		none := "nothing that this user can see listens on port " + port + "\nhint: as root, ss -ltnp or lsof -i :" + port
+		return cmp.Or(err, errors.New(pick(port == "", "not running\nhint: aexec start", none)))
+	}
+	for pid, name := range all {
+		p, _ := os.FindProcess(pid) // a pidfd, where the system has them: from here on it cannot come to mean another process
+		defer p.Release()
+		holds := func() bool {
+			now, _ := holders(t.paths, port)
+			_, is := now[pid]
+			return is
+		}
+		if holds() {
+			t.say("ending pid %d, %q", pid, name)
+			err = p.Signal(s)
+		}
+		for begun := time.Now(); holds(); time.Sleep(endPause) {
+			if err != nil || time.Since(begun) > wait {
+				return fmt.Errorf("process %d has not ended within %s: %w", pid, wait, cmp.Or(err, errors.New("it is still there")))
+			}
+		}
+		t.say("stopped: pid %d", pid)
+	}
+	return nil
 }
 
 // ---- the commands about it
@@ -182,13 +200,13 @@ func portHolders(p paths, port int) map[int]string {
 func cliStart(t *terminal) error {
 	err := t.wrong
 	if err == nil && t.running && t.command != "start" {
-		err = t.stop()
+		err = t.end("", syscall.SIGTERM, endWait)
 	}
 	if err != nil {
 		return err
 	}
 	if t.on("force") {
-		t.freePort(t.start.port) // if it cannot, the start says so
+		t.end(strconv.Itoa(t.start.port), syscall.SIGKILL, endWait) // if it cannot, the start says so
 	}
 	if t.on("f") {
 		return t.serve()
@@ -207,45 +225,13 @@ func (t *terminal) started(info serverInfo) error {
 }
 
 func cliStop(t *terminal) error {
-	port, err := strconv.Atoi(t.flags["port"])
-	if err != nil { // it was not given
-		return t.stop()
-	} else if !t.on("force") {
+	port := t.flags["port"]
+	if port != "" && !t.on("force") {
 		return usageError("--port kills whatever listens there: it takes --force as well")
+	} else if port != "" {
+		return t.end(port, syscall.SIGKILL, endWait)
 	}
-	return t.freePort(port)
-}
-
-// stop ends the server, and returns when it is gone.
-func (t *terminal) stop() error {
-	info, running, err := findServer(t.paths)
-	if !running {
-		return cmp.Or(err, errors.New("not running\nhint: aexec start"))
-	}
-	err = endProcess(info.Pid, syscall.SIGTERM, stopWait, func() bool {
-		now, running, _ := findServer(t.paths)
-		return running && now.Pid == info.Pid
-	})
-	if err != nil {
-		return err
-	}
-	return t.say("stopped: pid %d", info.Pid)
-}
-
-// freePort kills whatever listens on a port, naming it first.
-func (t *terminal) freePort(port int) (err error) {
-	holders := portHolders(t.paths, port)
-	if len(holders) == 0 {
-		return fmt.Errorf("nothing that this user can see listens on port %d\nhint: as root, ss -ltnp or lsof -i :%d", port, port)
-	}
-	for pid, name := range holders {
-		t.say("killing pid %d, %q, which listens on port %d", pid, name, port)
-		err = errors.Join(err, endProcess(pid, syscall.SIGKILL, killWait, func() bool {
-			_, still := portHolders(t.paths, port)[pid]
-			return still
-		}))
-	}
-	return err
+	return t.end("", syscall.SIGTERM, endWait)
 }
 
 func cliStatus(t *terminal) error {
