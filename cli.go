@@ -172,31 +172,29 @@ func (t *terminal) parse(args []string) error {
 		if err := set.Parse(args); err != nil {
 			return err
 		}
-		n := set.NArg()
-		if !wraps {
-			n = min(n, 1)
+		if args = set.Args(); wraps {
+			t.args = args
+			break
 		}
-		t.args, args = append(t.args, set.Args()[:n]...), set.Args()[n:]
+		n := min(1, len(args))
+		t.args, args = append(t.args, args[:n]...), args[n:]
 	}
 	t.flags = map[string]string{}
 	set.Visit(func(f *flag.Flag) { t.flags[f.Name] = f.Value.String() })
 	host := cmp.Or(t.flags["host"], pick(t.on("public"), "0.0.0.0", ""))
 	port, _ := strconv.Atoi(t.flags["port"]) // package flag has seen to it that it is a number
 	t.from = startupFlags{key: handedKey(), host: host, port: port, portSet: t.flags["port"] != ""}
-	left := t.args
+	most := 0 // arguments
 	for _, word := range strings.Fields(form) {
 		name, _, isFlag := strings.Cut(strings.TrimPrefix(word, "--"), "=")
-		switch missing := isFlag && t.flags[name] == "" || !isFlag && len(left) == 0; {
-		case missing && word[0] != '[':
+		if isFlag && t.flags[name] == "" || !isFlag && word[0] != '[' && len(t.args) <= most {
 			return fmt.Errorf("%s is missing", word)
-		case strings.Contains(word, "…"):
-			left = nil
-		case !missing && !isFlag:
-			left = left[1:]
+		} else if !isFlag {
+			most++
 		}
 	}
-	if len(left) > 0 {
-		return fmt.Errorf("unexpected argument %q", left[0])
+	if len(t.args) > most && !strings.Contains(form, "…") {
+		return fmt.Errorf("unexpected argument %q", t.args[most])
 	}
 	return nil
 }

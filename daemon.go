@@ -78,14 +78,11 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 // no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error.
 func (t *terminal) startBackground() error {
 	output, err := openAppend(t.log)
-	if err != nil {
+	ours, theirs, noPipe := os.Pipe()
+	if err = errors.Join(err, noPipe); err != nil {
 		return err
 	}
 	defer output.Close()
-	ours, theirs, err := os.Pipe()
-	if err != nil {
-		return err
-	}
 	defer ours.Close()
 	self, _ := os.Executable() // "" cannot be started
 	argv := []string{os.Args[0], "start", "-f", "--json", "--host=" + t.start.host, "--port=" + strconv.Itoa(t.start.port)}
