@@ -24,10 +24,6 @@ import (
 	"unicode/utf8"
 )
 
-// Rules for what is said: lower case, no full stop; an error says what happened, to which file or address, and on a
-// line of its own ("hint: …") what to type next; foreign text (argv, names, paths, descriptions) only with %q. Answers go
-// to standard output, errors, warnings and questions to standard error. share alone prints the key. No colours, ever.
-
 //go:embed skills/_help.txt
 var helpFile embed.FS
 
