@@ -331,7 +331,7 @@ func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error 
 		return cmp.Or(err, errors.New(pick(port == "", "not running\nhint: aexec start", none)))
 	}
 	for pid, name := range all {
-		p, _ := os.FindProcess(pid) // a pidfd, where the system has them: from here on it cannot come to mean another process
+		p, err := os.FindProcess(pid) // a pidfd, where the system has them: it cannot come to mean another process
 		defer p.Release()
 		holds := func() bool {
 			now, _ := holders(t.paths, port)
