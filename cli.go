@@ -61,8 +61,6 @@ var cliCommands = map[string]cliCommand{
 	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, false, true},
 }
 
-// ---- from arguments to a command
-
 // terminal is where a command reads and writes, what it was told, and what it found.
 type terminal struct {
 	in              io.Reader
@@ -144,14 +142,11 @@ func (t *terminal) call(args []string) error {
 	return c.run(t)
 }
 
-// flagLine is the line of a flag in a help.
-var flagLine = regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `)
-
 // parse reads flags and arguments by the command's help. Flags stand before, between or after the arguments.
 func (t *terminal) parse(args []string) error {
 	set := flag.NewFlagSet(t.command, flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	for _, f := range flagLine.FindAllStringSubmatch(t.help, -1) {
+	for _, f := range regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `).FindAllStringSubmatch(t.help, -1) {
 		switch f[2] {
 		case "":
 			set.Bool(f[1], false, "")
@@ -204,8 +199,6 @@ func helpText(name string) string {
 	text, _, _ = strings.Cut(text, "\n== ")
 	return text
 }
-
-// ---- how it is said
 
 // escapeWriter is the last look at all that goes out: no control or formatting character reaches a terminal, even where %q
 // was forgotten. The escapes are JSON's, so that JSON keeps its meaning.
@@ -280,8 +273,6 @@ func pick(yes bool, one, other string) string {
 	return other
 }
 
-// ---- the configuration
-
 func cliSetup(t *terminal) error {
 	if t.inTerm && !t.on("yes") && !t.ask("create what is missing in %q?", t.dir) {
 		return errors.New("nothing was created")
@@ -332,8 +323,6 @@ func cliConfig(t *terminal) error {
 	})...)
 	return errors.Join(t.wrong, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
 }
-
-// ---- handing out access
 
 // hostOrAddress is a name or an address, or nothing: no http://, no port, no zone.
 var hostOrAddress = regexp.MustCompile(`^([\w.-]*|[[:xdigit:]]*:[[:xdigit:]:.]*)$`)

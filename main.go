@@ -185,8 +185,6 @@ func watchRestart(tick <-chan time.Time, p paths, inForce map[string]string, log
 	}
 }
 
-// ---- the process
-
 // serverInfo is what a server says of itself: in the pid file, and to the process that waits for its start.
 type serverInfo struct {
 	Pid     int               `json:"pid"` // by the lock when read, whatever the file says
@@ -351,8 +349,6 @@ func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error 
 	}
 	return nil
 }
-
-// ---- the commands about it
 
 // cliStart is start and restart, which stops nothing before it knows that what is on disk can start again.
 func cliStart(t *terminal) error {
