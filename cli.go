@@ -128,7 +128,7 @@ func (t *terminal) call(args []string) error {
 	case errors.Is(err, flag.ErrHelp):
 		return t.say("%s", strings.TrimSpace(t.help))
 	case t.beneath && c.run != nil && !c.reads:
-		return fmt.Errorf("%s does not work beneath an aexec server, which does not administer itself\nhint: run it from a shell", t.command)
+		return fmt.Errorf("%s is not for commands of an aexec server, which does not administer itself\nhint: run it from a shell", t.command)
 	case err != nil:
 		return usageError(err.Error())
 	case c.run == nil:

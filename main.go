@@ -17,7 +17,6 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -112,7 +111,7 @@ func (t *terminal) serve() error {
 	if err != nil {
 		return err
 	}
-	defer runtime.KeepAlive(lock) // it is let go of when the process has ended: who can lock it finds nothing left
+	defer lock.Close()
 	audit, err := openAudit(t.audit, t.settings.AuditEnabled, t.start.key)
 	if err != nil {
 		return err
@@ -131,7 +130,8 @@ func (t *terminal) serve() error {
 	if err := s.prepare(l.Addr().String()); err != nil {
 		return err
 	}
-	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now().Truncate(time.Second), Enabled: t.start.enabled}
+	now := time.Now().Truncate(time.Second)
+	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: now, Enabled: t.start.enabled}
 	info.Restart, err = restartState(t.paths)
 	record := auditRecord{Event: "server_start"}
 	if lock != nil { // else what looks left over may be the commands of a server that runs
@@ -321,7 +321,7 @@ func holders(p paths, port string) (map[int]string, error) {
 	return found, err
 }
 
-// end signals each holder once, naming it first, and returns when none of them is one any more.
+// end signals each holder once, naming it first, and returns when all are dead.
 func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error {
 	all, err := holders(t.paths, port)
 	if len(all) == 0 {
@@ -331,19 +331,20 @@ func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error 
 	for pid, name := range all {
 		p, err := os.FindProcess(pid) // a pidfd, where the system has them: it cannot come to mean another process
 		defer p.Release()
-		holds := func() bool {
-			now, _ := holders(t.paths, port)
-			_, is := now[pid]
-			return is
+		now, _ := holders(t.paths, port)
+		if _, still := now[pid]; !still {
+			continue // the number may mean another one by now
 		}
-		if holds() {
-			t.say("ending pid %d, %q", pid, name)
-			err = p.Signal(s)
-		}
-		for begun := time.Now(); holds(); time.Sleep(endPause) {
-			if err != nil || time.Since(begun) > wait {
-				return fmt.Errorf("process %d has not ended within %s: %w", pid, wait, cmp.Or(err, errors.New("it is still there")))
+		t.say("ending pid %d, %q", pid, name)
+		err = p.Signal(s)
+		for begun := time.Now(); err == nil && !isDead(pid); err = p.Signal(syscall.Signal(0)) { // a zombie is dead
+			if time.Since(begun) > wait {
+				return fmt.Errorf("process %d has not ended within %s", pid, wait)
 			}
+			time.Sleep(endPause)
+		}
+		if err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return fmt.Errorf("end process %d: %w", pid, err)
 		}
 		t.say("stopped: pid %d", pid)
 	}
