@@ -44,7 +44,7 @@ const (
 	maxStrangers         = 512                    // open connections on which no request has the key
 	maxPipelined         = 64 << 10               // bytes that a client may send behind a running command
 	maxRateClients       = 4096                   // addresses whose rate is remembered
-	probeTime, probeBody = 5 * time.Second, 300   // of an answer to probeServer: patience, bytes
+	probeTime, probeBody = 5 * time.Second, 4096  // of an answer to probeServer: patience, bytes
 )
 
 // fixedHeaders are on every answer of ours. The slices are shared: replace them, never append.
@@ -510,5 +510,5 @@ func probeServer(address string) error {
 		return err
 	}
 	body, _ := io.ReadAll(io.LimitReader(r.Body, probeBody))
-	return fmt.Errorf("the answer is %d, %q", r.StatusCode, body) // which says what to do
+	return fmt.Errorf("the answer is %d, %.300q", r.StatusCode, body) // which says what to do
 }
