@@ -4,7 +4,6 @@
 package main
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"embed"
@@ -14,8 +13,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"net/http"
-	"net/netip"
 	"os"
 	"regexp"
 	"slices"
@@ -27,68 +24,50 @@ import (
 	"unicode/utf8"
 )
 
-// Rules for what is said: lower case, no full stop; an error says what happened, to which file or address, and on a
-// line of its own ("hint: …") what to type next; foreign text (argv, names, paths, descriptions) only with %q. Answers go
-// to standard output, errors, warnings and questions to standard error. share alone prints the key. No colours, ever.
-
 //go:embed skills/_help.txt
 var helpFile embed.FS
 
-// trait is what must be right for a command to work at all, and what it is like.
-type trait int
+// cliCommand is one command; its flags and arguments are those that its help shows.
+type cliCommand struct {
+	run   func(t *terminal) error
+	needs need
+	reads bool // it works beneath a server's own command too
+}
+
+type need int
 
 const (
-	needsSettings trait = 1 << iota // settings.json can be read
-	needsPolicy                     // and is in force, rules and tests included
-	needsName                       // --name was given
-	needsNothing                    // not even a configuration directory
-	onlyReads                       // works beneath a server's own command too
-	wraps                           // from the first argument on everything is a command, flags included
+	nothing    need = iota
+	ofSettings      // a settings.json that can be read
+	ofPolicy        // and is fit to be in force
 )
 
-// cliCommand is one command; its flags are those that its help explains. They stand before, between or after the arguments,
-// up to "--". One that does nothing (run is nil) is a group, whose help lists its commands.
-type cliCommand struct {
-	name        string
-	run         func(t *terminal) error
-	least, most int // arguments; -1: any number
-	traits      trait
+// cliCommands is the whole surface. What has a help, and no line here, is a group of them.
+var cliCommands = map[string]cliCommand{
+	"setup":          {cliSetup, nothing, false},
+	"start":          {cliStart, nothing, false},
+	"stop":           {cliStop, nothing, false},
+	"restart":        {cliStart, nothing, false},
+	"status":         {cliStatus, nothing, true},
+	"config":         {cliConfig, nothing, false},
+	"share":          {cliShare, nothing, false},
+	"key rotate":     {cliKeyRotate, nothing, false},
+	"acl list":       {cliACLList, ofPolicy, true},
+	"acl check":      {cliACLCheck, ofPolicy, true},
+	"acl doctor":     {cliACLDoctor, ofPolicy, false},
+	"acl add":        {cliACLEdit, nothing, false},
+	"acl remove":     {cliACLEdit, nothing, false},
+	"audit":          {cliAudit, nothing, false},
+	"audit verify":   {cliAuditVerify, nothing, true},
+	"plugin list":    {cliPluginList, ofSettings, true},
+	"plugin create":  {cliPluginMake, ofPolicy, false},
+	"plugin enable":  {cliPluginEdit("enable", "enabled, from the next start on"), ofSettings, false},
+	"plugin disable": {cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), ofSettings, false},
+	"plugin remove":  {cliPluginEdit("remove", "removed; a restart unloads it for good"), ofSettings, false},
+	"plugin doctor":  {cliPluginDoctor, ofSettings, false},
+	"starterkit":     {cliPluginMake, ofPolicy, false},
+	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, nothing, true},
 }
-
-// cliCommands is the whole surface.
-func cliCommands() []cliCommand {
-	return []cliCommand{
-		{"", nil, 1, -1, onlyReads | wraps},
-		{"setup", cliSetup, 0, 0, 0},
-		{"start", cliStart, 0, 0, 0},
-		{"stop", cliStop, 0, 0, 0},
-		{"restart", cliStart, 0, 0, 0},
-		{"status", cliStatus, 0, 0, onlyReads},
-		{"config", cliConfig, 0, 0, 0},
-		{"share", cliShare, 0, 0, 0},
-		{"key", nil, 1, -1, onlyReads | wraps},
-		{"key rotate", cliKeyRotate, 0, 0, 0},
-		{"acl", nil, 1, -1, onlyReads | wraps},
-		{"acl list", cliACLList, 0, 0, needsPolicy | onlyReads},
-		{"acl check", cliACLCheck, 1, -1, needsPolicy | onlyReads | wraps},
-		{"acl doctor", cliACLDoctor, 0, 0, needsPolicy},
-		{"acl add", cliACLEdit, 1, 1, 0},
-		{"acl remove", cliACLEdit, 1, 1, 0},
-		{"audit", cliAudit, 0, 0, 0},
-		{"audit verify", cliAuditVerify, 0, 1, onlyReads},
-		{"plugin", nil, 1, -1, onlyReads | wraps},
-		{"plugin list", cliPluginList, 0, 0, needsSettings | onlyReads},
-		{"plugin create", cliPluginMake, 0, 0, needsPolicy | needsName},
-		{"plugin enable", cliPluginEdit("enable", "enabled, from the next start on"), 0, 0, needsSettings | needsName},
-		{"plugin disable", cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), 0, 0, needsSettings | needsName},
-		{"plugin remove", cliPluginEdit("remove", "removed; a restart unloads it for good"), 0, 0, needsSettings | needsName},
-		{"plugin doctor", cliPluginDoctor, 0, 0, needsSettings},
-		{"starterkit", cliPluginMake, 0, -1, needsPolicy},
-		{"version", func(t *terminal) error { return t.say("agent-exec %s", version) }, 0, 0, needsNothing | onlyReads},
-	}
-}
-
-// ---- from arguments to a command
 
 // terminal is where a command reads and writes, what it was told, and what it found.
 type terminal struct {
@@ -97,10 +76,10 @@ type terminal struct {
 	inTerm, outTerm bool // somebody sits there
 	beneath         bool // this is a command of an aexec server
 
-	command string
-	flags   map[string]string // those that were given; a switch is "true"
-	from    startupFlags      // those of them that go before .env
-	args    []string
+	command, help string
+	flags         map[string]string // those that were given; a switch is "true"
+	from          startupFlags      // those of them that go before .env
+	args          []string
 
 	loaded
 }
@@ -122,8 +101,7 @@ func cli(args []string) int {
 }
 
 func (t *terminal) main(args []string) int {
-	c, rest := findCommand(args)
-	err := t.call(c, rest)
+	err := t.call(args)
 	if status, ok := errors.AsType[exitStatus](err); ok || err == nil {
 		return int(status)
 	}
@@ -132,67 +110,51 @@ func (t *terminal) main(args []string) int {
 		t.show(false, 0, serverInfo{Error: err.Error()}, "")
 	}
 	if _, ok := errors.AsType[usageError](err); ok {
-		fmt.Fprintf(t.err, "\n%s", c.help())
+		fmt.Fprintf(t.err, "\n%s", t.help)
 		return 2
 	}
 	return 1
 }
 
-// findCommand takes the words of a command off the arguments: two, one, or none, where the name is "".
-func findCommand(args []string) (cliCommand, []string) {
-	if len(args) > 0 && args[0] == "help" {
+// call finds the command, which is the longest that there is a help for, and runs it.
+func (t *terminal) call(args []string) error {
+	switch strings.Join(args[:min(1, len(args))], "") {
+	case "help":
 		args = append(args[1:], "--help")
+	case "-v", "--version":
+		args = append([]string{"version"}, args[1:]...)
 	}
-	all := cliCommands()
-	for n := min(2, len(args)); ; n-- {
-		name := strings.Join(args[:n], " ")
-		if name == "-v" || name == "--version" {
-			name = "version"
-		}
-		if i := slices.IndexFunc(all, func(c cliCommand) bool { return c.name == name }); i >= 0 {
-			return all[i], args[n:]
-		}
+	rest := args
+	for words := min(2, len(args)); t.help == ""; words-- {
+		t.command, rest = strings.Join(args[:words], " "), args[words:]
+		t.help = helpText(strings.TrimSpace("aexec " + t.command))
 	}
-}
-
-// call runs a command.
-func (t *terminal) call(c cliCommand, args []string) (err error) {
-	t.command = c.name
-	err = t.parse(c, args)
+	c, err := cliCommands[t.command], t.parse(rest)
 	switch {
+	case c.run == nil && len(t.args) > 0:
+		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(t.command+" "+t.args[0])))
 	case errors.Is(err, flag.ErrHelp):
-		return t.say("%s", strings.TrimSpace(c.help()))
-	case c.traits&onlyReads == 0 && t.beneath:
-		return fmt.Errorf("%s does not work beneath an aexec server, which does not administer itself\nhint: run it from a shell", c.name)
+		return t.say("%s", strings.TrimSpace(t.help))
+	case t.beneath && c.run != nil && !c.reads:
+		return fmt.Errorf("%s is not for commands of an aexec server, which does not administer itself\nhint: run it from a shell", t.command)
 	case err != nil:
 		return usageError(err.Error())
-	case len(t.args) < c.least:
-		return usageError(pick(c.run == nil, "a command is missing", "an argument is missing"))
 	case c.run == nil:
-		return usageError(fmt.Sprintf("unknown command %q", strings.TrimSpace(c.name+" "+t.args[0])))
-	case c.most >= 0 && len(t.args) > c.most:
-		return usageError(fmt.Sprintf("unexpected argument %q", t.args[c.most]))
-	case c.traits&needsName != 0 && t.flags["name"] == "":
-		return usageError("--name is missing")
-	case c.name == "plugin create" && t.flags["command"] == "":
-		return usageError("--command is missing")
-	case c.traits&needsNothing != 0:
+		return usageError("a command is missing")
+	case t.command == "version": // without a look at anything
 		return c.run(t)
 	}
-	if t.loaded, err = load(t.from); err != nil {
-		return err
-	}
-	if c.traits&needsPolicy != 0 && t.snap == nil || c.traits&needsSettings != 0 && t.settings == nil {
-		return t.startable()
+	if t.loaded = load(t.from); t.dir == "" || c.needs > nothing && t.settings == nil || c.needs == ofPolicy && t.snap == nil {
+		return t.wrong
 	}
 	return c.run(t)
 }
 
-// parse reads flags and arguments by the command's help, where each line of a flag defines it.
-func (t *terminal) parse(c cliCommand, args []string) error {
-	set := flag.NewFlagSet(c.name, flag.ContinueOnError)
+// parse reads flags and arguments by the command's help. Flags stand before, between or after the arguments.
+func (t *terminal) parse(args []string) error {
+	set := flag.NewFlagSet(t.command, flag.ContinueOnError)
 	set.SetOutput(io.Discard)
-	for _, f := range regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `).FindAllStringSubmatch(c.help(), -1) {
+	for _, f := range regexp.MustCompile(`(?m)^  --?([a-z-]+)( \S+)?  `).FindAllStringSubmatch(t.help, -1) {
 		switch f[2] {
 		case "":
 			set.Bool(f[1], false, "")
@@ -202,23 +164,37 @@ func (t *terminal) parse(c cliCommand, args []string) error {
 			set.String(f[1], "", "")
 		}
 	}
-	for t.args = nil; ; { // package flag stops at the first argument, and we go on behind it
+	usage, _, _ := strings.Cut(t.help, "\n")
+	_, form, _ := strings.Cut(usage, "[flags]")
+	form, wraps := strings.CutPrefix(form, " -- ")
+	for t.args = nil; len(args) > 0; { // package flag stops at the first argument, and we go on behind it
 		if err := set.Parse(args); err != nil {
 			return err
 		}
-		rest := set.Args()
-		parsed := len(args) - len(rest)
-		if c.traits&wraps != 0 || len(rest) == 0 || parsed > 0 && args[parsed-1] == "--" {
-			t.args = append(t.args, rest...)
+		if args = set.Args(); wraps {
+			t.args = args
 			break
 		}
-		t.args, args = append(t.args, rest[0]), rest[1:]
+		n := min(1, len(args))
+		t.args, args = append(t.args, args[:n]...), args[n:]
 	}
 	t.flags = map[string]string{}
 	set.Visit(func(f *flag.Flag) { t.flags[f.Name] = f.Value.String() })
 	host := cmp.Or(t.flags["host"], pick(t.on("public"), "0.0.0.0", ""))
 	port, _ := strconv.Atoi(t.flags["port"]) // package flag has seen to it that it is a number
 	t.from = startupFlags{key: handedKey(), host: host, port: port, portSet: t.flags["port"] != ""}
+	most := 0 // arguments
+	for _, word := range strings.Fields(form) {
+		name, _, isFlag := strings.Cut(strings.TrimPrefix(word, "--"), "=")
+		if isFlag && t.flags[name] == "" || !isFlag && word[0] != '[' && len(t.args) <= most {
+			return fmt.Errorf("%s is missing", word)
+		} else if !isFlag {
+			most++
+		}
+	}
+	if len(t.args) > most && !strings.Contains(form, "…") {
+		return fmt.Errorf("unexpected argument %q", t.args[most])
+	}
 	return nil
 }
 
@@ -232,22 +208,14 @@ func helpText(name string) string {
 	return text
 }
 
-func (c cliCommand) help() string { return helpText(cmp.Or(c.name, "aexec")) }
-
-// ---- how it is said
-
 // escapeWriter is the last look at all that goes out: no control or formatting character reaches a terminal, even where %q
 // was forgotten. The escapes are JSON's, so that JSON keeps its meaning.
 type escapeWriter struct{ w io.Writer }
 
 func (e escapeWriter) Write(p []byte) (int, error) {
-	hidden := func(c rune) bool { return c != '\n' && !strconv.IsPrint(c) || c == utf8.RuneError } // or no character at all
-	if !bytes.ContainsFunc(p, hidden) {
-		return e.w.Write(p)
-	}
-	var out []byte
+	out := make([]byte, 0, len(p))
 	for _, c := range string(p) {
-		if !hidden(c) {
+		if c == '\n' || strconv.IsPrint(c) && c != utf8.RuneError { // which is no character at all
 			out = utf8.AppendRune(out, c)
 			continue
 		}
@@ -267,12 +235,6 @@ func (t *terminal) say(format string, args ...any) error {
 func (t *terminal) warnIf(yes bool, format string, args ...any) {
 	if yes {
 		fmt.Fprintf(t.err, "warning: "+format+"\n", args...)
-	}
-}
-
-func (t *terminal) warn() {
-	for _, w := range t.warnings() {
-		t.warnIf(true, "%s", w)
 	}
 }
 
@@ -319,8 +281,6 @@ func pick(yes bool, one, other string) string {
 	return other
 }
 
-// ---- the configuration
-
 func cliSetup(t *terminal) error {
 	if t.inTerm && !t.on("yes") && !t.ask("create what is missing in %q?", t.dir) {
 		return errors.New("nothing was created")
@@ -341,10 +301,11 @@ func cliKeyRotate(t *terminal) error {
 	}
 	t.say("a new key is in %q; aexec share prints it; the old key holds until: aexec restart", t.env)
 	t.warnIf(t.start.keyInEnv, "API_KEY in the environment goes before .env: change it there too")
-	if t.on("restart") {
-		return t.call(findCommand([]string{"restart"}))
+	if !t.on("restart") {
+		return nil
 	}
-	return nil
+	t.loaded = load(t.from)
+	return cliStart(t)
 }
 
 func problemText(p pluginProblem) string {
@@ -354,7 +315,7 @@ func problemText(p pluginProblem) string {
 
 func cliConfig(t *terminal) error {
 	files, settings := configFiles(t.paths), []settingInfo{}
-	if s := t.start; t.startErr == nil {
+	if s := t.start; s.key != nil {
 		settings = []settingInfo{{"API_KEY", s.key.id(), false}, {"HOST", s.host, false}, {"PORT", s.port, false},
 			{"AGENT_EXEC_ENABLED", s.enabled, false}, {"AGENT_EXEC_ALLOW_QUERY_API_KEY", s.allowQueryKey, false}}
 	}
@@ -368,22 +329,26 @@ func cliConfig(t *terminal) error {
 		value, _ := json.Marshal(row.Value) // came from JSON
 		return fmt.Sprintf("%s\t%s\t%s", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
 	})...)
-	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
+	return errors.Join(t.wrong, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
 }
 
-// ---- handing out access
+// hostOrAddress is a name or an address, or nothing: no http://, no port, no zone.
+var hostOrAddress = regexp.MustCompile(`^([\w.-]*|[[:xdigit:]]*:[[:xdigit:]:.]*)$`)
 
 func cliShare(t *terminal) error {
 	bound, port, _ := net.SplitHostPort(t.server.Address)
-	hosts, err := t.shareHosts(bound)
-	if err = cmp.Or(t.startErr, err); err != nil {
-		return err
-	} else if t.on("check") {
+	hosts := t.shareHosts(bound)
+	switch ip := t.flags["ip"]; {
+	case !hostOrAddress.MatchString(ip):
+		return usageError(fmt.Sprintf("%q is no address or name of a host", ip))
+	case t.start.key == nil:
+		return t.wrong
+	case t.on("check"):
 		return t.tryHosts(hosts, port)
 	}
 	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
 	t.warnIf(slices.Contains(changedOnDisk(t.paths, t.server.Restart), "API_KEY"), "the server wants the old key until: aexec restart")
-	t.warn()
+	t.warnIf(len(t.warnings()) > 0, "%s", strings.Join(t.warnings(), "\nwarning: "))
 	if t.outTerm && !t.on("show-key") && !t.ask("what follows holds the API key, and who has it can run commands here; show it?") {
 		return errors.New("the key was not shown\nhint: aexec share --show-key")
 	}
@@ -395,39 +360,29 @@ func cliShare(t *terminal) error {
 	return nil
 }
 
-// hostName is letters, digits, hyphens, underscores and dots. Its last label begins with a letter, or 10.0.0.256 would be one.
-var hostName = regexp.MustCompile(`^([\w-]+\.)*[a-zA-Z][\w-]*$`)
-
 // shareHosts is the hosts of the URLs to print; link-local IPv6 addresses, which mean nothing without a zone, are left out.
-func (t *terminal) shareHosts(bound string) (hosts []string, err error) {
-	ip := t.flags["ip"]
-	a, _ := netip.ParseAddr(cmp.Or(ip, bound))
+func (t *terminal) shareHosts(bound string) (hosts []string) {
 	switch {
-	case ip != "" && (a.Zone() != "" || a.IsUnspecified() || !a.IsValid() && !hostName.MatchString(ip)):
-		return nil, usageError(fmt.Sprintf("%q is no address or name of a host (which has no http://, no port, no zone)", ip))
-	case ip != "":
-		bound = ip
+	case t.flags["ip"] != "":
+		return []string{t.flags["ip"]}
 	case t.on("all"):
-		addresses, err := net.InterfaceAddrs()
+		addresses, _ := net.InterfaceAddrs()
 		for _, a := range addresses {
-			if n, ok := a.(*net.IPNet); ok && (n.IP.To4() != nil || !n.IP.IsLinkLocalUnicast()) {
-				hosts = append(hosts, n.IP.String())
+			if host, _, _ := strings.Cut(a.String(), "/"); !strings.HasPrefix(host, "fe80:") {
+				hosts = append(hosts, host)
 			}
 		}
-		return hosts, err
-	case (t.on("local") || a.IsUnspecified()) && bound != "::1":
-		bound = "127.0.0.1"
+		return hosts
+	case bound == "0.0.0.0" || bound == "::" || t.on("local") && bound != "::1":
+		return []string{"127.0.0.1"}
 	}
-	return []string{bound}, nil
+	return []string{bound}
 }
 
-// tryHosts asks for what an agent reads first. The key is not sent: another program may listen there.
+// tryHosts asks for what an agent reads first.
 func (t *terminal) tryHosts(hosts []string, port string) (err error) {
 	for _, host := range hosts {
-		code, body, problem := probeServer(net.JoinHostPort(host, port), "/SKILL.md")
-		if problem == nil && code != http.StatusOK {
-			problem = fmt.Errorf("the answer is %d, %.300q", code, body) // which says what to do
-		}
+		problem := probeServer(net.JoinHostPort(host, port))
 		if problem != nil {
 			err = exitStatus(1)
 		}

@@ -21,8 +21,7 @@ import (
 
 const (
 	readyWait   = 30 * time.Second // from start to the first answer, which takes milliseconds
-	stopWait    = 30 * time.Second // beyond killGraceMs of the commands that run
-	killWait    = 5 * time.Second  // after SIGKILL only the kernel can delay a process
+	endWait     = 30 * time.Second // beyond killGraceMs of the commands that run
 	endPause    = 5 * time.Millisecond
 	handoverVar = "AGENT_EXEC_HANDOVER"
 )
@@ -70,30 +69,23 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 		return info, false, err
 	}
 	if json.NewDecoder(f).Decode(&info) != nil || info.Pid != pid {
-		info = serverInfo{}
+		info = serverInfo{Pid: pid}
 	}
-	info.Pid = pid
 	return info, true, nil
 }
 
-// startBackground re-executes this binary as `start -f --json` with our flags, its standard error to the log, in a session of
-// its own where no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error.
+// startBackground re-executes this binary as `start -f --json`, its standard error to the log, in a session of its own where
+// no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error.
 func (t *terminal) startBackground() error {
 	output, err := openAppend(t.log)
-	if err != nil {
+	ours, theirs, noPipe := os.Pipe()
+	if err = errors.Join(err, noPipe); err != nil {
 		return err
 	}
 	defer output.Close()
-	ours, theirs, err := os.Pipe()
-	if err != nil {
-		return err
-	}
 	defer ours.Close()
-	self, _ := os.Executable()                                                     // "" cannot be started
-	argv := []string{os.Args[0], "start", "-f", "--json", "--host=" + t.from.host} // "": not given
-	if t.from.portSet {
-		argv = append(argv, "--port="+t.flags["port"])
-	}
+	self, _ := os.Executable() // "" cannot be started
+	argv := []string{os.Args[0], "start", "-f", "--json", "--host=" + t.start.host, "--port=" + strconv.Itoa(t.start.port)}
 	child, err := os.StartProcess(self, argv, &os.ProcAttr{
 		Files: []*os.File{nil, theirs, output}, Sys: &syscall.SysProcAttr{Setsid: true}, // for nil, Go opens /dev/null
 	})
@@ -103,12 +95,10 @@ func (t *terminal) startBackground() error {
 	}
 	defer time.AfterFunc(readyWait, func() { child.Kill() }).Stop() // which ends its report, too
 	var info serverInfo
-	if json.NewDecoder(ours).Decode(&info) != nil {
-		info.Error = "the server ended before it answered: see " + t.log
-	}
-	if info.Error != "" {
+	json.NewDecoder(ours).Decode(&info) // an end without a word leaves it empty
+	if info.Pid == 0 {
 		child.Wait()
-		return errors.New(info.Error)
+		return errors.New(cmp.Or(info.Error, "the server ended before it answered: see "+t.log))
 	}
 	return t.started(info)
 }
@@ -139,66 +129,88 @@ func handedKey() string {
 	return string(text)
 }
 
-// endProcess signals a process and waits until it is dead (a zombie is). Whether the number still means the right one counts
-// only when asked with a handle that cannot come to mean another; if it does not, the right one is gone.
-func endProcess(pid int, s syscall.Signal, wait time.Duration, isRight func() bool) error {
-	p, _ := os.FindProcess(pid) // where the system has them, a pidfd; it never fails
-	defer p.Release()
-	if !isRight() {
-		return nil
+// holders gives the processes that listen on a TCP port, and their names (foreign text, to be quoted): those that this user
+// may look into, by their descriptors (proc_pid_fd(5)), and our own server, which hides them, by the pid file. For the port ""
+// it gives our own server alone.
+func holders(p paths, port string) (map[int]string, error) {
+	found := map[int]string{}
+	info, running, err := findServer(p)
+	if running && (port == "" || strings.HasSuffix(info.Address, ":"+port)) {
+		found[info.Pid] = "aexec"
 	}
-	for deadline, err := time.Now().Add(wait), p.Signal(s); time.Now().Before(deadline); err = p.Signal(syscall.Signal(0)) {
-		if errors.Is(err, os.ErrProcessDone) || err == nil && isDead(pid) {
-			return nil
-		} else if err != nil {
-			return fmt.Errorf("end process %d: %w", pid, err)
-		}
-		time.Sleep(endPause)
-	}
-	return fmt.Errorf("process %d has not ended within %s", pid, wait)
-}
-
-// portHolders gives the processes that listen on a TCP port, and their names (foreign text, to be quoted): those that this
-// user may look into, by their descriptors (proc_pid_fd(5)), and our own server, which hides them, by the pid file.
-func portHolders(p paths, port int) map[int]string {
-	table, _ := os.ReadFile("/proc/net/tcp") // missing where there is no such protocol, or no /proc
+	number, _ := strconv.ParseUint(port, 10, 16) // of 0, no process listens
+	table, _ := os.ReadFile("/proc/net/tcp")     // missing where there is no such protocol, or no /proc
 	table6, _ := os.ReadFile("/proc/net/tcp6")
 	var sockets []string // as the links name them
 	for line := range strings.Lines(string(table) + string(table6)) {
 		f := strings.Fields(line) // 1: local address, 3: state, 0A for listening, 9: inode (proc_pid_net(5))
-		if len(f) > 9 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", port)) {
+		if len(f) > 9 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", number)) {
 			sockets = append(sockets, "socket:["+f[9]+"]")
 		}
 	}
-	holders := map[int]string{}
-	if info, _, _ := findServer(p); strings.HasSuffix(info.Address, ":"+strconv.Itoa(port)) {
-		holders[info.Pid] = "aexec"
+	if len(sockets) == 0 {
+		return found, err
 	}
 	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
 	for _, link := range links {
 		if target, _ := os.Readlink(link); slices.Contains(sockets, target) {
 			pid, _ := strconv.Atoi(strings.Split(link, "/")[2])
 			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-			holders[pid] = strings.TrimSpace(string(name))
+			found[pid] = strings.TrimSpace(string(name))
 		}
 	}
-	return holders
+	return found, err
 }
 
-// ---- the commands about it
+// end signals each holder once, naming it first, and returns when all are dead.
+func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error {
+	all, err := holders(t.paths, port)
+	if len(all) == 0 {
+		none := "nothing that this user can see listens on port " + port + "\nhint: as root, ss -ltnp or lsof -i :" + port
+		return cmp.Or(err, errors.New(pick(port == "", "not running\nhint: aexec start", none)))
+	}
+	for pid, name := range all {
+		p, err := os.FindProcess(pid) // a pidfd, where the system has them: it cannot come to mean another process
+		defer p.Release()
+		now, _ := holders(t.paths, port)
+		if _, still := now[pid]; !still {
+			continue // the number may mean another one by now
+		}
+		t.say("ending pid %d, %q", pid, name)
+		err = p.Signal(s)
+		for begun := time.Now(); err == nil && !isDead(pid); err = p.Signal(syscall.Signal(0)) { // a zombie is dead
+			if time.Since(begun) > wait {
+				return fmt.Errorf("process %d has not ended within %s", pid, wait)
+			}
+			time.Sleep(endPause)
+		}
+		if err != nil && !errors.Is(err, os.ErrProcessDone) {
+			return fmt.Errorf("end process %d: %w", pid, err)
+		}
+		t.say("stopped: pid %d", pid)
+	}
+	return nil
+}
+
+// patience is how long a server may take to end its commands, and itself.
+func (t *terminal) patience() time.Duration {
+	if t.settings == nil {
+		return endWait
+	}
+	return endWait + t.settings.KillGrace
+}
 
 // cliStart is start and restart, which stops nothing before it knows that what is on disk can start again.
 func cliStart(t *terminal) error {
-	if err := t.startable(); err != nil {
+	err := t.wrong
+	if err == nil && t.running && t.command != "start" {
+		err = t.end("", syscall.SIGTERM, t.patience())
+	}
+	if err != nil {
 		return err
 	}
-	if t.running && t.command == "restart" {
-		if err := t.stop(); err != nil {
-			return err
-		}
-	}
 	if t.on("force") {
-		t.freePort(t.start.port) // if it cannot, the start says so
+		t.end(strconv.Itoa(t.start.port), syscall.SIGKILL, endWait) // if it cannot, the start says so
 	}
 	if t.on("f") {
 		return t.serve()
@@ -212,60 +224,24 @@ func (t *terminal) started(info serverInfo) error {
 	t.warnIf(moved, "the address changes from http://%s to http://%s", t.server.Address, info.Address)
 	t.server, t.running = info, true
 	t.warnIf(!info.Enabled, "AGENT_EXEC_ENABLED is not true: everything but /ping is answered 503")
-	t.warn()
+	t.warnIf(len(t.warnings()) > 0, "%s", strings.Join(t.warnings(), "\nwarning: "))
 	return t.show(false, 0, info, fmt.Sprintf("started: http://%s, pid %d", info.Address, info.Pid))
 }
 
 func cliStop(t *terminal) error {
-	if !t.from.portSet {
-		return t.stop()
-	} else if !t.on("force") {
+	port := t.flags["port"]
+	if port != "" && !t.on("force") {
 		return usageError("--port kills whatever listens there: it takes --force as well")
+	} else if port != "" {
+		return t.end(port, syscall.SIGKILL, endWait)
 	}
-	return t.freePort(t.from.port)
-}
-
-// stop ends the server, and returns when it is gone.
-func (t *terminal) stop() error {
-	pid, wait := t.server.Pid, stopWait
-	if !t.running {
-		return cmp.Or(t.serverErr, errors.New("not running\nhint: aexec start"))
-	} else if t.settings != nil {
-		wait += t.settings.KillGrace
-	}
-	isRight := func() bool {
-		now, running, _ := findServer(t.paths)
-		return running && now.Pid == pid
-	}
-	if err := endProcess(pid, syscall.SIGTERM, wait, isRight); err != nil {
-		return err
-	}
-	return t.say("stopped: pid %d", pid)
-}
-
-// freePort kills whatever listens on a port, naming it first.
-func (t *terminal) freePort(port int) error {
-	holders := portHolders(t.paths, port)
-	if len(holders) == 0 {
-		return fmt.Errorf("nothing that this user can see listens on port %d\nhint: as root, ss -ltnp or lsof -i :%d", port, port)
-	}
-	for pid, name := range holders {
-		t.say("killing pid %d, %q, which listens on port %d", pid, name, port)
-		isRight := func() bool {
-			_, still := portHolders(t.paths, port)[pid]
-			return still
-		}
-		if err := endProcess(pid, syscall.SIGKILL, killWait, isRight); err != nil {
-			return err
-		}
-	}
-	return nil
+	return t.end("", syscall.SIGTERM, t.patience())
 }
 
 func cliStatus(t *terminal) error {
 	status := map[string]any{
 		"running": t.running, "enabled": t.start.enabled, "warnings": t.warnings(),
-		"settings": cmp.Or(t.startable(), errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
+		"settings": cmp.Or(t.wrong, errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
 	}
 	readAudit(t.audit, 3, false, func(l auditLine) error { // no log, no head
 		if !l.Torn {

@@ -200,11 +200,15 @@ func daemonExec(t *testing.T, address, key, body string) string {
 	return string(text)
 }
 
+func daemonTerminal(p paths) *terminal {
+	return &terminal{out: io.Discard, err: io.Discard, loaded: loaded{paths: p}}
+}
+
 // stopServer signals the server of a directory and waits until it is gone; false if there was none.
 func stopServer(p paths, s syscall.Signal, wait time.Duration) (info serverInfo, was bool, err error) {
 	info, was, err = findServer(p)
 	if err == nil && was {
-		err = endProcess(info.Pid, s, wait, func() bool { return true })
+		err = daemonTerminal(p).end("", s, wait)
 	}
 	return info, was, err
 }
@@ -393,23 +397,17 @@ func TestPidFileThatIsNoneOfOurs(t *testing.T) {
 
 func TestPortHolders(t *testing.T) {
 	h := newDaemonHome(t)
-	c, said := startHelper(t, "listen")
-	port, err := strconv.Atoi(said)
-	if err != nil {
-		t.Fatal(said)
+	c, port := startHelper(t, "listen")
+	found, err := holders(h.paths, port)
+	if name := found[c.Process.Pid]; err != nil || len(found) != 1 || name == "" || !strings.HasPrefix(filepath.Base(c.Path), name) {
+		t.Fatalf("holders: %+v, %v", found, err)
 	}
-	holders := portHolders(h.paths, port)
-	if name := holders[c.Process.Pid]; len(holders) != 1 || name == "" || !strings.HasPrefix(filepath.Base(c.Path), name) {
-		t.Fatalf("holders: %+v", holders)
-	}
-	if err := endProcess(startBystander(t), syscall.SIGKILL, daemonPatience, func() bool { return false }); err != nil {
+	startBystander(t)
+	if err := daemonTerminal(h.paths).end(port, syscall.SIGKILL, daemonPatience); err != nil {
 		t.Error(err)
 	}
-	if err := endProcess(c.Process.Pid, syscall.SIGKILL, daemonPatience, func() bool { return true }); err != nil {
-		t.Error(err)
-	}
-	if holders := portHolders(h.paths, port); len(holders) != 0 {
-		t.Errorf("afterwards: %+v", holders)
+	if found, err := holders(h.paths, port); len(found) != 0 || err != nil {
+		t.Errorf("afterwards: %+v, %v", found, err)
 	}
 }
 
@@ -490,9 +488,9 @@ func TestStartWarnings(t *testing.T) {
 		{"127.0.0.1:3333", []ruleSpec{{Text: "aexec --version"}}, &credential{Uid: 1}, nil},
 		{"[::1]:3333", nil, &credential{Uid: 1}, nil},
 		{"[::ffff:127.0.0.1]:3333", nil, &credential{Uid: 1}, nil},
-		{"0.0.0.0:3333", nil, &credential{Uid: 1}, []string{"plain HTTP"}},
+		{"0.0.0.0:3333", nil, &credential{Uid: 1}, []string{"plain HTTP", `"*"`}},
 		{"[::]:3333", nil, &credential{Uid: 1}, []string{"plain HTTP"}},
-		{"192.0.2.1:3333", []ruleSpec{{Text: "*"}}, &credential{Uid: 1}, []string{"plain HTTP", `"*"`}},
+		{"192.0.2.1:3333", []ruleSpec{{Text: "*"}}, &credential{Uid: 1}, []string{"plain HTTP"}},
 		{"127.0.0.1:3333", nil, nil, []string{"root"}},
 	} {
 		compiled, err := compilePolicy([]ruleSet{{Source: "settings.json", Allow: c.allow}})
@@ -775,7 +773,10 @@ func TestServerHidesFromItsUser(t *testing.T) {
 	if err != nil || !held {
 		t.Fatal(held, err)
 	}
-	defer endProcess(server, syscall.SIGKILL, daemonPatience, func() bool { return true })
+	defer func() {
+		p, _ := os.FindProcess(server)
+		p.Kill()
+	}()
 	for _, name := range []string{"fd", "environ", "mem"} {
 		info, err := os.Stat(fmt.Sprintf("/proc/%d/%s", server, name))
 		if err != nil {

@@ -33,52 +33,46 @@ func main() {
 	os.Exit(cli(os.Args[1:]))
 }
 
-// loaded is the configuration as it lies on disk, and what is wrong with it. A server starts from it, and commands look at it.
+// loaded is the configuration as it lies on disk. A server starts from it, and commands look at it.
 type loaded struct {
 	paths              // audit is where the settings say
-	start    startup   // of no use with startErr
-	settings *settings // nil if the file cannot be read; with any settingsErr snap is
+	start    startup   // without a key it is of no use
+	settings *settings // nil if the file cannot be read
 	store    *store
-	snap     *snapshot
+	snap     *snapshot // nil if the settings are not fit to be in force
 	plugins  []*plugin // the usable ones
 	rules    []ruleSet // theirs
 	problems []pluginProblem
 	server   serverInfo // what runs; if nothing does, the address is where it would
 	running  bool
-
-	startErr, settingsErr, serverErr error
+	wrong    error // all that keeps a server from starting
 }
 
-// load goes on after an error, as most commands have a use for the rest; its own is that there can be no directory.
-func load(from startupFlags) (c loaded, err error) {
-	if c.paths, err = configPaths(); err != nil {
-		return c, err
+// load goes on after an error, as most commands have a use for the rest.
+func load(from startupFlags) (c loaded) {
+	if c.paths, c.wrong = configPaths(); c.wrong != nil {
+		return c
 	}
-	c.server, c.running, c.serverErr = findServer(c.paths)
-	c.start, c.startErr = loadStartup(c.paths, from)
+	errs := make([]error, 3)
+	c.server, c.running, errs[0] = findServer(c.paths)
+	c.start, errs[1] = loadStartup(c.paths, from)
 	c.server.Address = cmp.Or(c.server.Address, net.JoinHostPort(c.start.host, strconv.Itoa(c.start.port)))
-	if c.settings, c.settingsErr = loadSettings(c.paths); c.settingsErr != nil {
-		return c, nil
+	if c.settings, errs[2] = loadSettings(c.paths); errs[2] == nil {
+		c.audit = c.settings.AuditFile
+		c.plugins, c.problems = loadPlugins(c.paths, c.settings)
+		for _, pl := range c.plugins {
+			c.rules = append(c.rules, pl.Rules)
+		}
+		c.store, errs[2] = openStore(c.paths, c.rules)
+		c.snap = c.store.snapshot
 	}
-	c.audit = c.settings.AuditFile
-	c.plugins, c.problems = loadPlugins(c.paths, c.settings)
-	for _, pl := range c.plugins {
-		c.rules = append(c.rules, pl.Rules)
-	}
-	c.store, c.settingsErr = openStore(c.paths, c.rules)
-	c.snap = c.store.snapshot
-	return c, nil
-}
-
-// startable says all that keeps a server from starting.
-func (c loaded) startable() error {
-	err := errors.Join(c.startErr, c.settingsErr, c.serverErr)
 	for _, p := range c.problems {
 		if !p.Warning {
-			err = errors.Join(err, errors.New(problemText(p)))
+			errs = append(errs, errors.New(problemText(p)))
 		}
 	}
-	return err
+	c.wrong = errors.Join(errs...)
+	return c
 }
 
 // warnings names what makes the server, running or not, more dangerous than it need be.
@@ -90,8 +84,7 @@ func (c loaded) warnings() []string {
 	if os.Geteuid() == 0 && (c.snap.cred == nil || c.snap.cred.Uid == 0) {
 		list = append(list, "commands run as root: set exec.user to an unprivileged user")
 	}
-	host, _, _ := net.SplitHostPort(c.server.Address)
-	if a, err := netip.ParseAddr(host); host != "localhost" && (err != nil || !a.Unmap().IsLoopback()) {
+	if a, err := netip.ParseAddrPort(c.server.Address); err == nil && !a.Addr().Unmap().IsLoopback() {
 		list = append(list, c.server.Address+" is plain HTTP beyond this machine: put TLS, a VPN or a firewall in front")
 	}
 	for _, r := range c.snap.policy {
@@ -109,9 +102,9 @@ func (t *terminal) serve() error {
 	}
 	// What nobody has a use for is caught and dropped: if it were ignored, it would be so in every command, too.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP)
-	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT}
-	if !t.on("json") {
-		ends = append(ends, syscall.SIGHUP) // the terminal's end
+	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
+	if t.on("json") {
+		ends = ends[:2] // it is in the background, where no terminal's end is its own
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), ends...)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
@@ -125,40 +118,39 @@ func (t *terminal) serve() error {
 		return err
 	}
 	defer audit.close() // before the pid file: who can lock that can lock both
-	s := &server{start: t.start, store: t.store, audit: audit, plugins: t.plugins}
-	s.log = log.New(t.err, "", log.LstdFlags)
 	l, err := listen(t.start.host, t.start.port)
 	if err != nil {
 		return err
 	}
-	if s.runner, err = newRunner(t.dir); err != nil {
+	runner, err := newRunner(t.dir)
+	if err != nil {
 		return err
 	}
+	logger := log.New(t.err, "", log.LstdFlags)
+	s := &server{start: t.start, store: t.store, audit: audit, runner: runner, plugins: t.plugins, log: logger}
 	if err := s.prepare(l.Addr().String()); err != nil {
 		return err
 	}
-	now := time.Now().UTC().Truncate(time.Second)
+	now := time.Now().Truncate(time.Second)
 	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: now, Enabled: t.start.enabled}
-	if info.Restart, err = restartState(t.paths); err != nil {
-		return err
-	}
+	info.Restart, err = restartState(t.paths)
 	record := auditRecord{Event: "server_start"}
 	if lock != nil { // else what looks left over may be the commands of a server that runs
-		if n := s.runner.endLeftovers(); n > 0 {
+		if n := runner.endLeftovers(); n > 0 {
 			record.Reason = fmt.Sprintf("ended %d processes that a crashed server left", n)
 		}
-		err = json.NewEncoder(lock).Encode(info)
+		err = errors.Join(err, json.NewEncoder(lock).Encode(info))
 	}
 	if err = errors.Join(err, audit.append(record)); err != nil {
 		return err
 	}
-	s.log.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, audit.head())
+	logger.Printf("agent-exec %s listens on %s, pid %d, audit head %s", version, info.Address, info.Pid, audit.head())
 	t.started(info) // if the starter is gone, nobody needs it
-	go watchRestart(time.Tick(watchTime), t.paths, info.Restart, s.log)
+	go watchRestart(time.Tick(watchTime), t.paths, info.Restart, logger)
 	err = s.serve(ctx, l)
 	why := cmp.Or(context.Cause(ctx), err)
 	err = errors.Join(err, audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
-	s.log.Printf("stopped (%v), audit head %s", why, audit.head())
+	logger.Printf("stopped (%v), audit head %s", why, audit.head())
 	return err
 }
 

@@ -374,19 +374,19 @@ func (c *call) readArgs() (e *apiError) {
 	return e
 }
 
-// probeServer asks a server for one path, and gives the status and the beginning of the body.
-func probeServer(address, path string) (code int, body []byte, err error) {
+// probeServer asks a server for what an agent reads first, and says what is wrong. No key is sent: another program may listen there.
+func probeServer(address string) error {
 	conn, err := net.DialTimeout("tcp", address, probeTime)
 	if err != nil {
-		return 0, nil, err
+		return err
 	}
 	defer conn.Close()
 	conn.SetDeadline(time.Now().Add(probeTime))
-	fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", path, address) // an error shows in the answer
+	fmt.Fprintf(conn, "GET /SKILL.md HTTP/1.1\r\nHost: %s\r\nConnection: close\r\n\r\n", address) // an error shows in the answer
 	r, err := http.ReadResponse(bufio.NewReader(conn), nil)
-	if err != nil {
-		return 0, nil, err
+	if err != nil || r.StatusCode == http.StatusOK {
+		return err
 	}
-	body, err = io.ReadAll(io.LimitReader(r.Body, probeBody))
-	return r.StatusCode, body, err
+	body, _ := io.ReadAll(io.LimitReader(r.Body, probeBody))
+	return fmt.Errorf("the answer is %d, %.300q", r.StatusCode, body) // which says what to do
 }
