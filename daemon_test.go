@@ -488,9 +488,9 @@ func TestStartWarnings(t *testing.T) {
 		{"127.0.0.1:3333", []ruleSpec{{Text: "aexec --version"}}, &credential{Uid: 1}, nil},
 		{"[::1]:3333", nil, &credential{Uid: 1}, nil},
 		{"[::ffff:127.0.0.1]:3333", nil, &credential{Uid: 1}, nil},
-		{"0.0.0.0:3333", nil, &credential{Uid: 1}, []string{"plain HTTP", `"*"`}},
+		{"0.0.0.0:3333", nil, &credential{Uid: 1}, []string{"plain HTTP"}},
 		{"[::]:3333", nil, &credential{Uid: 1}, []string{"plain HTTP"}},
-		{"192.0.2.1:3333", []ruleSpec{{Text: "*"}}, &credential{Uid: 1}, []string{"plain HTTP"}},
+		{"192.0.2.1:3333", []ruleSpec{{Text: "*"}}, &credential{Uid: 1}, []string{"plain HTTP", `"*"`}},
 		{"127.0.0.1:3333", nil, nil, []string{"root"}},
 	} {
 		compiled, err := compilePolicy([]ruleSet{{Source: "settings.json", Allow: c.allow}})
