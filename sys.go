@@ -1,19 +1,137 @@
-// This file is the system calls that Linux and the other Unix systems have alike; what differs is in sys_linux.go and sys_other.go.
-// It may call the kernel directly, as they may, and it exists so that nothing stands in both of them.
+// This file is the system calls that Linux and the other Unix systems have alike, and what /proc says; where there is none, it says nothing.
+// It may call the kernel directly, as sys_linux.go and sys_other.go may, and it exists so that nothing stands in both of them.
 // It must not decide when anything happens: it holds no state and knows no request.
 package main
 
 import (
+	"bytes"
 	"cmp"
+	"errors"
 	"fmt"
+	"hash/crc32"
+	"io"
+	"math"
 	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
 
-// forkExec makes a child with these files as its descriptors from 0 on, and returns when the kernel has done the exec.
-func forkExec(c *command, path string, argv []string, files []*os.File, sys *syscall.SysProcAttr) (pid int, err error) {
+// runTag marks every process of one run from birth: it is the hard limit RLIMIT_RSS, which Linux has not enforced since 2.4.
+// A child inherits it through fork, setsid and exec; without CAP_SYS_RESOURCE a process can lower it, never raise it.
+// From the top: 8 bits of magic, 20 bits of the configuration directory's hash, 36 bits that count runs downwards.
+type runTag uint64
+
+const (
+	tagMagic   runTag = 0x5A << 56
+	tagDirBits        = 20
+	tagRunBits        = 36
+	tagOwner   runTag = (1<<28 - 1) << tagRunBits // magic and directory
+	untagged   runTag = unix.RLIM_INFINITY
+)
+
+// beneathServer says whether this process was started by a command of an aexec server, which could have lowered its tag.
+func beneathServer() bool {
+	own, ok := tagOf(0)
+	return !ok || own != untagged
+}
+
+// prepareProcess makes this process the parent of all orphans below it, forbids core dumps to it and its children, and gives
+// the first tag of the directory.
+func prepareProcess(id string) (runTag, error) {
+	if err := errors.Join(adoptOrphans(), unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{})); err != nil {
+		return 0, fmt.Errorf("prepare this process for running commands: %w", err)
+	}
+	inherited, _ := filepath.Glob("/proc/self/fd/*")
+	for _, fd := range numbers(inherited) { // what the starter of the server left open is not for commands
+		if fd > 2 {
+			unix.CloseOnExec(fd)
+		}
+	}
+	own, _ := tagOf(0)
+	if own>>56 == tagMagic>>56 { // an earlier runner of this process
+		return own - 1, nil
+	} else if own != untagged {
+		return 0, errors.New("the limit RLIMIT_RSS is already lowered, and aexec marks its commands with it: " +
+			"start it with ulimit -H -m unlimited (systemd: LimitRSS=infinity)")
+	}
+	dir := runTag(crc32.ChecksumIEEE([]byte(id))) & (1<<tagDirBits - 1)
+	return tagMagic | dir<<tagRunBits | (1<<tagRunBits - 1), nil
+}
+
+func allProcesses() []int {
+	paths, _ := filepath.Glob("/proc/[0-9]*")
+	return numbers(paths)
+}
+
+// numbers are those of the paths whose last element is one, and these.
+func numbers(paths []string) (list []int) {
+	for _, path := range paths {
+		if n, err := strconv.Atoi(filepath.Base(path)); err == nil {
+			list = append(list, n)
+		}
+	}
+	return list
+}
+
+// procStat is what /proc/PID/stat says after a process's name, which may hold anything but ends at the last ')' (proc_pid_stat(5)):
+// its state, its parent, and at 17 the number of its threads.
+func procStat(pid int) []string {
+	text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	return append(strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:])), make([]string, 18)...)
+}
+
+// isDead says whether nothing of a process runs, and it is still there: a zombie whose main thread alone has ended is alive.
+func isDead(pid int) bool {
+	f := procStat(pid)
+	return (f[0] == "Z" || f[0] == "X") && (f[17] == "0" || f[17] == "1")
+}
+
+// childList opens the list of one thread's children; nil: the kernel has no lists (CONFIG_PROC_CHILDREN). A child that was
+// made with CLONE_PARENT is listed under the thread that made its maker, an orphan under the subreaper's main thread.
+func childList(thread string) *os.File {
+	list, _ := os.Open("/proc/" + thread + "/children")
+	return list
+}
+
+// childrenIn reads a list anew.
+func childrenIn(list *os.File) []int {
+	if list == nil {
+		return slices.DeleteFunc(allProcesses(), func(pid int) bool { return procStat(pid)[1] != strconv.Itoa(os.Getpid()) })
+	}
+	text, _ := io.ReadAll(io.NewSectionReader(list, 0, math.MaxInt64))
+	return numbers(strings.Fields(string(text)))
+}
+
+const (
+	launcherName   = "aexec: launcher" // as argv[0]; no command name that aexec resolves to itself
+	launcherReport = 3                 // descriptor
+)
+
+// startCommand makes the child, which gets the files as its descriptors from 0 on, and returns when the kernel has done the
+// exec. The launcher is this binary, that sets the limits and becomes the command, or else says on report why not.
+func startCommand(c *command, tag runTag, path string, launcher bool, files []*os.File) (pid int, report *os.File, err error) {
+	argv, sys := c.what.argv, childAttributes()
+	if launcher {
+		if runtime.GOOS != "linux" {
+			return 0, nil, errors.New("exec.limits need Linux: set them to 0")
+		}
+		var theirs *os.File
+		if report, theirs, err = os.Pipe(); err != nil {
+			return 0, nil, err
+		}
+		defer theirs.Close()
+		l := c.limits
+		limits := strings.Fields(fmt.Sprint(l.CPUSeconds, l.FileBytes, l.OpenFiles, l.Processes, l.MemoryBytes)) // as limited has them
+		argv = slices.Concat([]string{launcherName}, limits, []string{path}, argv)
+		path, files = ownBinary(), slices.Concat(files, []*os.File{theirs})
+	}
 	var fds []uintptr
 	for _, f := range files {
 		fds = append(fds, f.Fd()) // which makes these ends blocking, as programs expect them
@@ -21,7 +139,96 @@ func forkExec(c *command, path string, argv []string, files []*os.File, sys *sys
 	if c.cred != nil {
 		sys.Credential = &syscall.Credential{Uid: c.cred.Uid, Gid: c.cred.Gid, Groups: c.cred.Groups}
 	}
-	return syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: c.cwd, Env: c.env, Files: fds, Sys: sys})
+	if err = setTag(tag); err == nil {
+		pid, err = syscall.ForkExec(path, argv, &syscall.ProcAttr{Dir: c.cwd, Env: c.env, Files: fds, Sys: sys})
+	}
+	return pid, report, err
+}
+
+// launcherError waits until the launcher has become the command (nil), or gives the error that kept it from that. Without a
+// report there is none.
+func launcherError(report *os.File) error {
+	defer report.Close()
+	var errno [1]byte
+	if n, _ := report.Read(errno[:]); n == 0 {
+		return nil
+	}
+	return syscall.Errno(errno[0])
+}
+
+// launched is the launcher: when this process was started as one, it sets its limits and becomes the command. It runs before
+// anything else in main. If it returns true, that failed: the errno that a shell would report is on the descriptor, and
+// the process is to end.
+func launched() bool {
+	rest := 1 + len(limited) // of os.Args: the path, and the command's own
+	if len(os.Args) < rest+2 || os.Args[0] != launcherName {
+		return false
+	}
+	unix.CloseOnExec(launcherReport)
+	env := os.Environ() // before memory may be short
+	err := limit(os.Args[1:rest])
+	if err == nil {
+		err = syscall.Exec(os.Args[rest], os.Args[rest+1:], env)
+	}
+	errno, _ := errors.AsType[syscall.Errno](err) // 0 is a failure, too: only silence is none
+	syscall.Write(launcherReport, []byte{byte(errno)})
+	return true
+}
+
+// limited is what exec.limits limits, in the launcher's order: the address space last, as the launcher lives in it, too.
+var limited = []int{unix.RLIMIT_CPU, unix.RLIMIT_FSIZE, unix.RLIMIT_NOFILE, unix.RLIMIT_NPROC, unix.RLIMIT_AS}
+
+// limit sets the limits of this process to these numbers (setrlimit(2)), never above the hard ones that it has; 0: left alone.
+func limit(values []string) error {
+	for i, resource := range limited {
+		value, err := strconv.ParseUint(values[i], 10, 64)
+		if err != nil {
+			return err
+		} else if value == 0 {
+			continue
+		}
+		var had syscall.Rlimit
+		syscall.Getrlimit(resource, &had) // if it failed, the limit would be 0
+		value = min(value, had.Max)
+		limit := syscall.Rlimit{Cur: value, Max: value}
+		if resource == unix.RLIMIT_CPU && value < had.Max {
+			limit.Max++ // at the hard limit comes SIGKILL: leave a second for SIGXCPU, which names the reason
+		}
+		if err := syscall.Setrlimit(resource, &limit); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own (waitid(2); 1 is P_PID).
+func waitExit(pid int) {
+	var info [16]uint64
+	for again := syscall.EINTR; again == syscall.EINTR; {
+		_, _, again = syscall.Syscall6(syscall.SYS_WAITID, 1, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+	}
+}
+
+// growPipe is best effort: the user's quota may be used up (pipe(7)).
+func growPipe(f *os.File, size int) { unix.FcntlInt(f.Fd(), setPipeSize, size) }
+
+// pendingBytes says how much waits in a pipe. Fd would make it blocking, and its deadlines void.
+func pendingBytes(f *os.File) (n int) {
+	if c, err := f.SyscallConn(); err == nil {
+		c.Control(func(fd uintptr) { n, _ = unix.IoctlGetInt(int(fd), bytesWaiting) })
+	}
+	return n
+}
+
+// signalName is "SIGSEGV" and the like; real-time signals have no names.
+func signalName(s syscall.Signal) string {
+	return cmp.Or(unix.SignalName(s), fmt.Sprintf("SIG%d", s))
+}
+
+// isTerminal says whether somebody may sit there. /dev/null is a character device too, but has no window (ioctl_tty(2)).
+func isTerminal(f *os.File) bool {
+	_, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
+	return err == nil
 }
 
 // execKeeping becomes another program (execve(2)) that has f open, too, beside the standard files; it returns only if it fails.
@@ -57,25 +264,4 @@ func lockHolder(f *os.File) (pid int, held bool, err error) {
 	l := unix.Flock_t{Type: unix.F_WRLCK}
 	err = unix.FcntlFlock(f.Fd(), unix.F_GETLK, &l)
 	return int(l.Pid), err == nil && l.Type != unix.F_UNLCK, err
-}
-
-// signalName is "SIGSEGV" and the like; real-time signals have no names.
-func signalName(s syscall.Signal) string {
-	return cmp.Or(unix.SignalName(s), fmt.Sprintf("SIG%d", s))
-}
-
-// onDescriptor leaves the file as it is, where Fd would make it blocking and its deadlines void.
-func onDescriptor(f *os.File, do func(fd uintptr)) {
-	if c, err := f.SyscallConn(); err == nil {
-		c.Control(do)
-	}
-}
-
-// isTerminal says whether somebody may sit there. /dev/null is a character device too, but has no window (ioctl_tty(2)).
-func isTerminal(f *os.File) (yes bool) {
-	onDescriptor(f, func(fd uintptr) {
-		_, err := unix.IoctlGetWinsize(int(fd), unix.TIOCGWINSZ)
-		yes = err == nil
-	})
-	return yes
 }
