@@ -657,8 +657,8 @@ func TestNoLeaks(t *testing.T) {
 	if left := strangers(r); len(left) != 0 {
 		t.Errorf("children left: %v", left)
 	}
-	if len(r.live) != 0 || r.slots != 0 {
-		t.Errorf("left in the runner: %d runs, %d slots", len(r.live), r.slots)
+	if len(r.live) != 0 || r.slots.Load() != 0 {
+		t.Errorf("left in the runner: %d runs, %d slots", len(r.live), r.slots.Load())
 	}
 }
 
@@ -667,7 +667,12 @@ func TestKilledAtBirth(t *testing.T) {
 	r := theRunner(t)
 	runtime.LockOSThread() // it dies with the thread that made it
 	defer runtime.UnlockOSThread()
-	r.lists = append(r.lists, childList("thread-self"))
+	list, err := os.Open("/proc/thread-self/children")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer list.Close()
+	r.lists = append(r.lists, list)
 	defer func() { r.lists = r.lists[:len(r.lists)-1] }()
 	c := testCommand("sleep", "1000")
 	x := &run{runner: r, command: c, ctx: t.Context(), tag: r.next}

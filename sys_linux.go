@@ -5,9 +5,9 @@ package main
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
-	"strconv"
 	"strings"
 	"syscall"
 
@@ -16,11 +16,10 @@ import (
 
 const setPipeSize, bytesWaiting = unix.F_SETPIPE_SZ, unix.TIOCINQ // fcntl(2), ioctl(2)
 
-// adoptOrphans makes this process the parent of all orphans below it (PR_SET_CHILD_SUBREAPER(2const)).
+// adoptOrphans makes this process the parent of all orphans below it; hideProcess keeps others of its user out of its memory,
+// environment and descriptors (prctl(2)).
 func adoptOrphans() error { return unix.Prctl(unix.PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) }
-
-// hideProcess keeps other processes of the same user out of this one's memory, environment and descriptors (PR_SET_DUMPABLE(2const)).
-func hideProcess() error { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
+func hideProcess() error  { return unix.Prctl(unix.PR_SET_DUMPABLE, 0, 0, 0, 0) }
 
 // childAttributes are a command's: a session of its own, and death with the thread that started it.
 func childAttributes() *syscall.SysProcAttr {
@@ -38,8 +37,7 @@ func setTag(t runTag) error {
 	return unix.Prlimit(0, unix.RLIMIT_RSS, &unix.Rlimit{Cur: uint64(t), Max: uint64(t)}, nil)
 }
 
-// tagOf reads a process's tag (0: this one's); false if there is no such process. Where prlimit(2) is not permitted, as the
-// process has another user, /proc tells (slower).
+// tagOf reads a process's tag (0: this one's); false if it is gone. Where prlimit(2) may not, as it has another user, /proc tells.
 func tagOf(pid int) (tag runTag, ok bool) {
 	var limit unix.Rlimit
 	if unix.Prlimit(pid, unix.RLIMIT_RSS, nil, &limit) == nil {
@@ -66,24 +64,21 @@ func prepareSpawner(noNewPrivs bool) {
 // It must be root's own ELF file where root alone can put files, as others can hold an exec: with a lease (fcntl(2), for the
 // owner or CAP_LEASE only), with an interpreter of theirs, or by exchanging the file. Nothing is opened before its type is known.
 func startsAtOnce(path string) (string, bool) {
-	look, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", false
-	}
-	defer unix.Close(look)
-	self := "/proc/self/fd/" + strconv.Itoa(look)
+	look, _ := os.OpenFile(path, unix.O_PATH, 0) // a nil file gives errors below
+	defer look.Close()
+	self := fmt.Sprintf("/proc/self/fd/%d", look.Fd())
 	real, err := os.Readlink(self)
-	var file, dir unix.Stat_t
-	if err != nil || unix.Fstat(look, &file) != nil || unix.Lstat(filepath.Dir(real), &dir) != nil ||
-		file.Uid != 0 || file.Mode&(unix.S_IFMT|0o022) != unix.S_IFREG || dir.Uid != 0 || dir.Mode&(unix.S_IFMT|0o022) != unix.S_IFDIR {
+	if err != nil || !rootsAlone(look.Stat()) || !rootsAlone(os.Lstat(filepath.Dir(real))) {
 		return "", false
 	}
-	fd, err := unix.Open(self, unix.O_RDONLY|unix.O_NONBLOCK|unix.O_NOCTTY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", false
-	}
-	defer unix.Close(fd)
+	file, _ := os.OpenFile(self, os.O_RDONLY|unix.O_NONBLOCK, 0)
+	defer file.Close()
 	var magic [4]byte
-	n, err := unix.Pread(fd, magic[:], 0)
-	return real, err == nil && n == len(magic) && string(magic[:]) == "\x7fELF"
+	_, err = io.ReadFull(file, magic[:])
+	return real, err == nil && string(magic[:]) == "\x7fELF"
+}
+
+// rootsAlone says whether it is a file or a directory that nobody but root can change.
+func rootsAlone(info os.FileInfo, err error) bool {
+	return err == nil && (info.Mode().IsRegular() || info.IsDir()) && info.Mode()&0o022 == 0 && info.Sys().(*syscall.Stat_t).Uid == 0
 }

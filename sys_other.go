@@ -12,14 +12,12 @@ import (
 
 const setPipeSize, bytesWaiting = -1, 0x4004667f // no such call; FIONREAD
 
-func adoptOrphans() error                     { return nil }
-func hideProcess() error                      { return nil }
-func childAttributes() *syscall.SysProcAttr   { return &syscall.SysProcAttr{Setsid: true} }
-func ownBinary() string                       { path, _ := os.Executable(); return path }
-func setTag(runTag) error                     { return nil }
-func tagOf(int) (runTag, bool)                { return untagged, true }
-func prepareSpawner(bool)                     {}
-func startsAtOnce(path string) (string, bool) { return path, true }
-
-// statChangeTime is the ctime: it moves with every change of content, mode or owner, and no program can set it back.
+func adoptOrphans() error                                 { return nil }
+func hideProcess() error                                  { return nil }
+func childAttributes() *syscall.SysProcAttr               { return &syscall.SysProcAttr{Setsid: true} }
+func ownBinary() string                                   { path, _ := os.Executable(); return path }
+func setTag(runTag) error                                 { return nil }
+func tagOf(int) (runTag, bool)                            { return untagged, true }
+func prepareSpawner(bool)                                 {}
+func startsAtOnce(path string) (string, bool)             { return path, true }
 func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) { return st.Ctimespec.Unix() }
