@@ -29,15 +29,14 @@ const (
 	sweepPauseMax = 5 * time.Millisecond
 	drainPatience = time.Second // how long a pipe may stay open and silent when nothing of the command is left
 	orphanRound   = time.Second // how often dead orphans of a long run are reaped
+	unborn, gone  = 0, -1       // run.pid: it has no number yet; it is reaped, or nothing was started
+	chunkBytes    = 8 << 10     // of captured output: most commands say little
+	streamBytes   = 256 << 10   // buffer and pipe of a streamed command
 
 	// The lists of children that the kernel gives are not atomic: one empty round may have missed a process that was
 	// just handed over. With two rounds always, 3 of 2,278 hostile runs left something; with five after a hit, none of 13,000.
 	quietRounds         = 2
 	quietRoundsAfterHit = 5
-
-	unborn, gone = 0, -1     // run.pid: it has no number yet; it is reaped, or nothing was started
-	chunkBytes   = 8 << 10   // of captured output: most commands say little
-	streamBytes  = 256 << 10 // buffer and pipe of a streamed command
 )
 
 // command is everything one run needs, taken from one snapshot.
