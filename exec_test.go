@@ -657,8 +657,8 @@ func TestNoLeaks(t *testing.T) {
 	if left := strangers(r); len(left) != 0 {
 		t.Errorf("children left: %v", left)
 	}
-	if len(r.live) != 0 || r.slots != 0 {
-		t.Errorf("left in the runner: %d runs, %d slots", len(r.live), r.slots)
+	if len(r.live) != 0 || r.slots.Load() != 0 {
+		t.Errorf("left in the runner: %d runs, %d slots", len(r.live), r.slots.Load())
 	}
 }
 
@@ -667,30 +667,39 @@ func TestKilledAtBirth(t *testing.T) {
 	r := theRunner(t)
 	runtime.LockOSThread() // it dies with the thread that made it
 	defer runtime.UnlockOSThread()
-	r.lists = append(r.lists, childList(unix.Gettid()))
+	list, err := os.Open("/proc/thread-self/children")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer list.Close()
+	r.lists = append(r.lists, list)
 	defer func() { r.lists = r.lists[:len(r.lists)-1] }()
 	c := testCommand("sleep", "1000")
-	x := &run{runner: r, ctx: t.Context()}
-	x.begin()
-	defer x.finish()
-	if err := setTag(x.tag); err != nil {
+	x := &run{runner: r, command: c, ctx: t.Context(), tag: r.next}
+	r.next--
+	r.live[x.tag] = x
+	null, err := os.OpenFile(os.DevNull, os.O_RDWR, 0)
+	if err != nil {
 		t.Fatal(err)
 	}
-	var err error
-	if x.pid, _, err = startCommand(&c, "/bin/sleep", false, []*os.File{r.null, r.null, r.null}); err != nil {
+	defer null.Close()
+	pid, _, err := startCommand(&c, x.tag, "/bin/sleep", false, []*os.File{null, null, null})
+	if err != nil {
 		t.Fatal(err)
 	}
-	if !r.kill(x.tag) {
+	if !r.round(x) {
 		t.Error("nothing was killed")
 	}
-	waitExit(x.pid)
-	r.kill(x.tag)
-	r.kill(0)
-	if left := strangers(r); !slices.Contains(left, x.pid) {
+	waitExit(pid)
+	r.round(x)
+	r.round(nil)
+	if left := strangers(r); !slices.Contains(left, pid) {
 		t.Errorf("it was reaped by another: %v are left", left)
 	}
-	if status := x.reap(); !status.Signaled() || status.Signal() != syscall.SIGKILL {
-		t.Errorf("its status is %#x", status)
+	x.pid = pid
+	x.sweep()
+	if o := x.outcome(endClient); o.exited || o.signal != "SIGKILL" || x.pid != gone {
+		t.Errorf("its outcome is %+v", o)
 	}
 }
 

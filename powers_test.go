@@ -16,7 +16,7 @@ import (
 // The rooms. A file that is not named here does not belong.
 const (
 	system = " sys.go sys_linux.go sys_other.go "
-	rooms  = " main.go acl.go exec.go pipe.go server.go answer.go config.go strict.go audit.go plugin.go daemon.go cli.go" + system
+	rooms  = " main.go acl.go exec.go server.go answer.go config.go strict.go audit.go plugin.go daemon.go cli.go" + system
 )
 
 // powers says who may do what: only the named files may use the imports, names and members. To change this table is to
@@ -44,7 +44,7 @@ var powers = []power{
 		names: `http\.(NewServeMux|ServeMux|NotFoundHandler)`},
 	{what: "read the environment", files: " config.go ",
 		names: `os\.(Getenv|LookupEnv|Setenv|Unsetenv|Clearenv|Expand|ExpandEnv|UserHomeDir|UserConfigDir|UserCacheDir|TempDir)`},
-	{what: "hand on the whole environment", files: " config.go sys_linux.go ",
+	{what: "hand on the whole environment", files: " config.go sys.go ",
 		names: `os\.Environ`},
 	{what: "open a file", files: " config.go audit.go plugin.go daemon.go exec.go " + system,
 		names: `os\.(Open|OpenFile|ReadFile|NewFile|Readlink)`},
