@@ -34,7 +34,6 @@ const (
 	defaultPath    = "/usr/local/bin:/usr/bin:/bin" // of commands, when the server has no usable PATH
 	redactedKey    = "[API_KEY]"
 	settleTime     = 100 * time.Millisecond // longer than a tick of a file system's clock: a younger file may change again unseen
-	retryTime      = time.Second            // unusable settings are tried again this often though the file has not changed
 )
 
 // What openTrusted refuses of a mode: that others write, or that they do anything.
@@ -52,25 +51,22 @@ func defaultText(name string) string {
 // (an unexported field): there a wrong verb would show a plain struct.
 type apiKey struct{ *keySecret }
 
-type keySecret struct {
-	text   string
-	digest [sha256.Size]byte
-}
+type keySecret struct{ text string }
 
 func newAPIKey(text string) (*apiKey, error) {
 	if len(text) < minKeyChars || len(text) > maxKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return nil, fmt.Errorf("the API_KEY needs %d to %d printable ASCII characters, no spaces: run aexec key rotate", minKeyChars, maxKeyChars)
 	}
-	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
+	return &apiKey{&keySecret{text}}, nil
 }
 
 // matches compares digests in constant time, so that neither content nor length shows.
 func (k *apiKey) matches(candidate string) bool {
-	sum := sha256.Sum256([]byte(candidate))
-	return subtle.ConstantTimeCompare(sum[:], k.digest[:]) == 1
+	his, ours := sha256.Sum256([]byte(candidate)), sha256.Sum256([]byte(k.text))
+	return subtle.ConstantTimeCompare(his[:], ours[:]) == 1
 }
 
-func (k *apiKey) id() string                { return fmt.Sprintf("sha256:%x", k.digest[:6]) }
+func (k *apiKey) id() string                { return fmt.Sprintf("sha256:%.6x", sha256.Sum256([]byte(k.text))) }
 func (k *apiKey) redact(s string) string    { return strings.ReplaceAll(s, k.text, redactedKey) }
 func (k apiKey) Format(f fmt.State, _ rune) { io.WriteString(f, redactedKey) }
 
@@ -429,7 +425,7 @@ func restartState(p paths) (map[string]string, error) {
 		state[pluginSource+pl.Name] = fmt.Sprint(*pl)
 	}
 	for name, value := range state {
-		state[name] = fmt.Sprintf("%x", sha256.Sum256([]byte(value)))[:16]
+		state[name] = fmt.Sprintf("%.8x", sha256.Sum256([]byte(value)))
 	}
 	return state, nil
 }
@@ -445,28 +441,53 @@ type snapshot struct {
 	cred     *credential // nil: the server's own user
 }
 
+// newSnapshot compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests, where a
+// string is split on single spaces.
 func newSnapshot(p paths, data []byte, plugins []ruleSet) (*snapshot, error) {
 	set, err := parseSettings(p, data)
 	if err != nil {
 		return nil, err
 	}
-	s, r := &snapshot{settings: *set, cwd: set.Cwd}, set.source
-	if s.cwd == "" {
-		if s.cwd, err = os.Getwd(); err != nil {
-			return nil, fmt.Errorf("the working directory is gone (%w): set exec.cwd or start elsewhere", err)
-		}
-	} else if info, err := os.Stat(s.cwd); err != nil || !info.IsDir() {
-		return nil, r.fail(r.nodes["exec.cwd"], "exec.cwd", "%q is not a directory that this user can reach", s.cwd)
+	here, _ := os.Getwd() // "" if it is gone
+	s, r := &snapshot{settings: *set, cwd: cmp.Or(set.Cwd, here)}, set.source
+	if info, err := os.Stat(s.cwd); err != nil || !info.IsDir() {
+		r.fail(r.nodes["exec.cwd"], "exec.cwd", "%q is not a directory that this user can reach", s.cwd)
 	}
-	if name := set.User; name != "" {
-		if s.cred, err = lookupCredential(name); err != nil {
-			return nil, r.fail(r.nodes["exec.user"], "exec.user", "%v", err)
+	if set.User != "" {
+		if s.cred, err = lookupCredential(set.User); err != nil {
+			r.fail(r.nodes["exec.user"], "exec.user", "%v", err)
 		}
 	}
 	s.env, s.pathDirs = buildEnvironment(set, s.cred)
 	s.hookEnv, _ = buildEnvironment(set, nil)
-	if s.policy, err = compileSettings(set, plugins); err != nil {
+	sets := []ruleSet{{Source: "settings.json", Allow: set.Allow, Deny: set.Deny}}
+	for _, plugin := range plugins {
+		if !set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) {
+			sets = append(sets, plugin)
+		}
+	}
+	s.policy, err = compilePolicy(sets)
+	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == sets[0].Source {
+		key := "exec." + bad.List
+		r.fail(r.nodes[key].items[bad.Index], key, "rule %q: %v", bad.Rule, bad.Err)
+	}
+	if err = cmp.Or(r.err, err); err != nil {
 		return nil, err
+	}
+	tests := func(key string, commands []ruleSpec, allowed bool) {
+		for i, c := range commands {
+			if c.Argv == nil {
+				c.Argv = strings.Split(c.Text, " ")
+			}
+			if _, d := s.policy.decide(c.Argv); d.Allowed != allowed {
+				r.fail(r.nodes[key].items[i], key, "%q is decided otherwise: %s", c.Argv, d.why())
+			}
+		}
+	}
+	tests("exec.tests.allowed", set.TestsAllowed, true)
+	tests("exec.tests.refused", set.TestsRefused, false)
+	if r.err != nil {
+		return nil, r.err
 	}
 	return s, nil
 }
@@ -477,7 +498,6 @@ type store struct {
 	plugins  []ruleSet
 	mu       sync.Mutex // while one reads, the others wait, for they need the result
 	version  fileVersion
-	tried    time.Time
 	snapshot *snapshot
 	err      error
 }
@@ -490,15 +510,19 @@ func openStore(p paths, plugins []ruleSet) (*store, error) {
 }
 
 // current stats settings.json and gives the snapshot in force, or the error that makes it unusable (naming file, line, column): then
-// nothing is allowed. A change of either is news, to exactly one caller.
+// nothing is allowed, and as the reason may lie outside of the file, it is read each time. A change of either is news, to exactly
+// one caller.
 func (s *store) current() (snap *snapshot, news bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.holds() {
-		return s.snapshot, false, s.err
+	version := versionOf(os.Lstat(s.p.settings)) // first: a change from here on makes another
+	if s.snapshot != nil && s.version == version {
+		return s.snapshot, false, nil
 	}
 	old, oldErr := s.snapshot, s.err
-	s.version, s.tried = versionOf(os.Lstat(s.p.settings)), time.Now() // first: a change from here on is one that holds notices
+	if s.version = version; time.Now().UnixNano()-version.changed < int64(settleTime) {
+		s.version.changed = 0 // so young that its times might not tell a further change: it is read again
+	}
 	data, err := readTrusted(s.p.settings, guarded)
 	if s.err = cmp.Or(checkTrustedDir(s.p.dir), err); s.err != nil {
 		s.snapshot = nil
@@ -506,13 +530,6 @@ func (s *store) current() (snap *snapshot, news bool, err error) {
 		s.snapshot, s.err = newSnapshot(s.p, data, s.plugins)
 	}
 	return s.snapshot, s.snapshot != old || fmt.Sprint(s.err) != fmt.Sprint(oldErr), s.err
-}
-
-// holds says whether the file is still as it was read. A file changed so lately that its times might not tell a further change is read
-// again; so is, after a while, one that was in error: the reason may lie outside of it, or have gone since.
-func (s *store) holds() bool {
-	settled := s.tried.UnixNano()-s.version.changed > int64(settleTime)
-	return settled && s.version == versionOf(os.Lstat(s.p.settings)) && (s.err == nil || time.Since(s.tried) < retryTime)
 }
 
 // editRules adds or removes one rule of exec.allow or exec.deny in place. What would not load is not written.

@@ -67,16 +67,12 @@ func errorAt(text string, at int, format string, args ...any) error {
 	return fmt.Errorf("%d:%d: %s", 1+strings.Count(before, "\n"), at-strings.LastIndexByte(before, '\n'), fmt.Sprintf(format, args...))
 }
 
-// strictReader walks through text that encoding/json has found valid, and so meets no syntax error. Its first error stays.
-type strictReader struct {
-	*json.Decoder
-	text string
-	err  error
-}
+// escapes finds pairs of surrogate escapes (12 bytes), half of one (6 bytes), and any other escape (2 bytes of it).
+var escapes = regexp.MustCompile(`(?i)\\(?:ud[89ab]..\\ud[c-f]..|ud[89a-f]..|.)`)
 
 // parseStrict reads one JSON value and nothing after it: no duplicate keys, no invalid UTF-8, at most maxJSONCommas commas.
 // Its errors begin with LINE:COLUMN.
-func parseStrict(data []byte) (*node, error) {
+func parseStrict(data []byte) (root *node, err error) {
 	text := string(data)
 	if syntax, bad := errors.AsType[*json.SyntaxError](json.Unmarshal(data, new(json.RawMessage))); bad {
 		return nil, errorAt(text, max(int(syntax.Offset)-1, 0), "%v", syntax)
@@ -89,52 +85,42 @@ func parseStrict(data []byte) (*node, error) {
 	if strings.Count(text, ",") > maxJSONCommas {
 		return nil, errorAt(text, 0, "has more than %d commas", maxJSONCommas)
 	}
-	r := &strictReader{Decoder: json.NewDecoder(strings.NewReader(text)), text: text}
-	r.UseNumber()
-	root := r.value()
-	return root, r.err
-}
-
-// escapes finds pairs of surrogate escapes (12 bytes), half of one (6 bytes), and any other escape (2 bytes of it).
-var escapes = regexp.MustCompile(`(?i)\\(?:ud[89ab]..\\ud[c-f]..|ud[89a-f]..|.)`)
-
-// value reads the next value, or key.
-func (r *strictReader) value() *node {
-	rest := strings.TrimLeft(r.text[r.InputOffset():], " \t\r\n,:") // nothing else stands before a token
-	n := &node{kind: rest[0], start: len(r.text) - len(rest)}
-	token, _ := r.Token()
-	switch token := token.(type) {
-	case json.Delim:
-		r.members(n)
-	case json.Number:
-		n.kind, n.str = '0', string(token)
-	case bool:
-		n.kind = 't'
-	case string:
-		n.str = token
-	}
-	n.raw = r.text[n.start:r.InputOffset()]
-	if n.kind == '"' && slices.ContainsFunc(escapes.FindAllString(n.raw, -1), func(s string) bool { return len(s) == 6 }) {
-		n.kind = 'u'
-	}
-	return n
-}
-
-// members reads what an object or an array holds.
-func (r *strictReader) members(n *node) {
-	for seen := map[string]bool{}; r.More(); {
-		item := r.value()
-		if n.kind == '{' {
-			if seen[item.str] && r.err == nil {
-				r.err = errorAt(r.text, item.start, "has the key %q twice", item.str)
+	d := json.NewDecoder(strings.NewReader(text)) // which meets no error from here on
+	d.UseNumber()
+	var value func() *node
+	value = func() *node {
+		rest := strings.TrimLeft(text[d.InputOffset():], " \t\r\n,:") // nothing else stands before a value or key
+		n, seen := &node{kind: rest[0], start: len(text) - len(rest)}, map[string]bool{}
+		token, _ := d.Token()
+		switch token := token.(type) {
+		case json.Delim:
+			for d.More() {
+				item := value()
+				if n.kind == '{' {
+					if seen[item.str] && err == nil {
+						err = errorAt(text, item.start, "has the key %q twice", item.str)
+					}
+					seen[item.str] = true
+					n.keys, item = append(n.keys, item), value()
+				}
+				n.items = append(n.items, item)
 			}
-			seen[item.str] = true
-			n.keys = append(n.keys, item)
-			item = r.value()
+			d.Token() // the bracket
+		case json.Number:
+			n.kind, n.str = '0', string(token)
+		case bool:
+			n.kind = 't'
+		case string:
+			n.str = token
 		}
-		n.items = append(n.items, item)
+		n.raw = text[n.start:d.InputOffset()]
+		if n.kind == '"' && slices.ContainsFunc(escapes.FindAllString(n.raw, -1), func(s string) bool { return len(s) == 6 }) {
+			n.kind = 'u'
+		}
+		return n
 	}
-	r.Token() // the bracket
+	root = value()
+	return root, err
 }
 
 // editList adds a value to the list section.name, or removes it wherever it stands there, and leaves every other byte alone.
@@ -227,33 +213,6 @@ func parseSettings(p paths, data []byte) (*settings, error) {
 	return s, r.err
 }
 
-// compileSettings compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests,
-// where a string is split on single spaces.
-func compileSettings(set *settings, plugins []ruleSet) (*policy, error) {
-	r, off := set.source, func(plugin ruleSet) bool { return set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) }
-	own := ruleSet{Source: "settings.json", Allow: set.Allow, Deny: set.Deny}
-	compiled, err := compilePolicy(append([]ruleSet{own}, slices.DeleteFunc(slices.Clone(plugins), off)...))
-	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == own.Source {
-		key := "exec." + bad.List
-		return nil, r.fail(r.nodes[key].items[bad.Index], key, "rule %q: %v", bad.Rule, bad.Err)
-	} else if err != nil {
-		return nil, err
-	}
-	tests := func(key string, commands []ruleSpec, allowed bool) {
-		for i, c := range commands {
-			if c.Argv == nil {
-				c.Argv = strings.Split(c.Text, " ")
-			}
-			if _, d := compiled.decide(c.Argv); d.Allowed != allowed {
-				r.fail(r.nodes[key].items[i], key, "%q is decided otherwise: %s", c.Argv, d.why())
-			}
-		}
-	}
-	tests("exec.tests.allowed", set.TestsAllowed, true)
-	tests("exec.tests.refused", set.TestsRefused, false)
-	return compiled, r.err
-}
-
 // disabled says whether a plugin is off.
 func (s *settings) disabled(plugin string) bool { return slices.Contains(s.PluginsDisabled, plugin) }
 
@@ -320,6 +279,9 @@ func readSettings(file, defaults string, data []byte, forms map[string]form, fie
 	r := &settingsFile{file: file, text: string(data), forms: forms, nodes: map[string]*node{}}
 	known, _ := parseStrict([]byte(defaults)) // ours
 	r.walk("", known, known)
+	for _, n := range r.nodes {
+		n.start = 0 // what is wrong with a value that the file does not have is wrong at its start
+	}
 	root, err := parseStrict(data)
 	if err != nil {
 		return r, fmt.Errorf("%s:%w", file, err)
@@ -401,10 +363,10 @@ func parseNetwork(text string) []netip.Prefix {
 	if text == "*" {
 		return append(parseNetwork("0.0.0.0/0"), parseNetwork("::/0")...)
 	}
-	p, err := netip.ParsePrefix(text)
-	if addr, e := netip.ParseAddr(text); e == nil && addr.Zone() == "" {
-		p, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+	if addr, err := netip.ParseAddr(text); err == nil {
+		text += fmt.Sprint("/", addr.BitLen())
 	}
+	p, err := netip.ParsePrefix(text)
 	if p.Addr().Is4In6() {
 		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
 	}
