@@ -9,6 +9,7 @@ import (
 	"crypto/sha256"
 	"crypto/subtle"
 	"embed"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -30,7 +31,7 @@ import (
 const (
 	maxConfigBytes = 1 << 20                        // a configuration file is smaller than this
 	maxKeyChars    = 4096                           // so that it fits into a request's head, and into any pipe
-	minKeyChars    = 16                             // of an API key; one that we make is 32 random bytes in hex
+	minKeyChars    = 16                             // of an API key; one that we make has 52
 	defaultPath    = "/usr/local/bin:/usr/bin:/bin" // of commands, when the server has no usable PATH
 	redactedKey    = "[API_KEY]"
 	settleTime     = 100 * time.Millisecond // longer than a tick of a file system's clock: a younger file may change again unseen
@@ -184,7 +185,7 @@ func rotateKey(p paths) error {
 	if !keyLine.Match(data) {
 		text = line + "\n" + text
 	}
-	return rewriteFile(p.env, []byte(text), 0o600)
+	return rewriteFile(p.env, []byte(text))
 }
 
 // createConfig makes what is missing of the directory, keeps what is there, and says which is which.
@@ -201,7 +202,7 @@ func createConfig(p paths) (made, kept []string, err error) {
 		if texts[path] == "" {
 			err = os.MkdirAll(path, 0o700)
 		} else if err = checkTrustedDir(p.dir); err == nil { // no key where others can write
-			err = rewriteFile(path, []byte(texts[path]), 0o600)
+			err = rewriteFile(path, []byte(texts[path]))
 		}
 		if err != nil {
 			return made, kept, err
@@ -340,11 +341,7 @@ func readTrusted(path string, refused fs.FileMode) ([]byte, error) {
 }
 
 // fileVersion tells one state of a file from another; changed is the ctime in nanoseconds, which every change of the file moves.
-type fileVersion struct {
-	device, inode uint64
-	size, changed int64
-	mode          fs.FileMode
-}
+type fileVersion struct{ device, inode, size, mode, changed int64 }
 
 // versionOf takes what a stat gave. It is the zero version if nothing is there.
 func versionOf(info fs.FileInfo, err error) fileVersion {
@@ -353,18 +350,21 @@ func versionOf(info fs.FileInfo, err error) fileVersion {
 	}
 	st := info.Sys().(*syscall.Stat_t)
 	sec, nsec := statChangeTime(st)
-	return fileVersion{uint64(st.Dev), st.Ino, info.Size(), sec*1e9 + nsec, info.Mode()}
+	return fileVersion{int64(st.Dev), int64(st.Ino), info.Size(), int64(info.Mode()), sec*1e9 + nsec}
 }
 
-// rewriteFile replaces a file at once (temporary file, fsync, rename), so that a crash leaves the old or the new.
-func rewriteFile(path string, data []byte, mode fs.FileMode) error {
+// rewriteFile replaces a file at once (temporary file, fsync, rename), so that a crash leaves the old or the new. A new one is private.
+func rewriteFile(path string, data []byte) error {
 	f, err := os.CreateTemp(filepath.Dir(path), filepath.Base(path)+".new-*")
 	if err != nil {
 		return err
 	}
 	defer os.Remove(f.Name()) // finds nothing after the rename
-	_, err = f.Write(data)
-	if err = errors.Join(err, f.Chmod(mode), f.Sync(), f.Close()); err != nil {
+	if info, e := os.Lstat(path); e == nil {
+		err = f.Chmod(info.Mode().Perm())
+	}
+	_, writeErr := f.Write(data)
+	if err = errors.Join(err, writeErr, f.Sync(), f.Close()); err != nil {
 		return err
 	}
 	return os.Rename(f.Name(), path)
@@ -395,7 +395,7 @@ func configTable(p paths, start startup, s *settings) (rows []configRow) {
 		return rows
 	}
 	for _, key := range slices.Sorted(maps.Keys(s.source.nodes)) {
-		rows = append(rows, configRow{key, s.source.nodes[key].plain(), pick(slices.Contains(restartOnly, key), waits, reloads)})
+		rows = append(rows, configRow{key, json.RawMessage(s.source.nodes[key].raw), pick(slices.Contains(restartOnly, key), waits, reloads)})
 	}
 	return rows
 }
@@ -418,7 +418,7 @@ func restartState(p paths) (map[string]string, error) {
 		return nil, err
 	}
 	for _, key := range restartOnly {
-		state[key] = fmt.Sprint(s.source.nodes[key].plain())
+		state[key] = string(marshal(json.RawMessage(s.source.nodes[key].raw)))
 	}
 	plugins, _ := surveyPlugins(p, &settings{}) // as if all were enabled
 	for _, pl := range plugins {
@@ -492,7 +492,8 @@ func newSnapshot(p paths, data []byte, plugins []ruleSet) (*snapshot, error) {
 	return s, nil
 }
 
-// store keeps one outcome of reading settings.json, a snapshot or why there is none, in step with the file.
+// store keeps one outcome of reading settings.json, a snapshot or why there is none, in step with the file. The rules of a plugin
+// count unless the settings disable it.
 type store struct {
 	p        paths
 	plugins  []ruleSet
@@ -500,13 +501,6 @@ type store struct {
 	version  fileVersion
 	snapshot *snapshot
 	err      error
-}
-
-// openStore reads the settings for the first time, when an error is fatal. The rules of a plugin count unless the settings disable it.
-func openStore(p paths, plugins []ruleSet) (*store, error) {
-	s := &store{p: p, plugins: plugins}
-	_, _, err := s.current()
-	return s, err
 }
 
 // current stats settings.json and gives the snapshot in force, or the error that makes it unusable (naming file, line, column): then
@@ -563,5 +557,5 @@ func (s *settings) replace(p paths, key, text string) error {
 	if text == s.source.text {
 		return fmt.Errorf("there is nothing to change in %s of %s", key, p.settings)
 	}
-	return rewriteFile(p.settings, []byte(text), versionOf(os.Lstat(p.settings)).mode.Perm())
+	return rewriteFile(p.settings, []byte(text))
 }

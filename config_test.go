@@ -437,20 +437,20 @@ func TestRewriteFile(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer old.Close()
-	if err := rewriteFile(path, []byte("new"), 0o640); err != nil {
+	if err := rewriteFile(path, []byte("new")); err != nil {
 		t.Fatal(err)
 	}
 	text := make([]byte, 10)
 	n, _ := old.Read(text)
 	info, err := os.Stat(path)
-	if err != nil || string(text[:n]) != "old" || configRead(t, path) != "new" || info.Mode() != 0o640 {
+	if err != nil || string(text[:n]) != "old" || configRead(t, path) != "new" || info.Mode() != 0o644 {
 		t.Errorf("%q, %q, %v, %v", text[:n], configRead(t, path), info.Mode(), err)
 	}
 	blocked := filepath.Join(dir, "directory")
 	if err := os.MkdirAll(filepath.Join(blocked, "full"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := rewriteFile(blocked, []byte("new"), 0o600); err == nil || len(configNames(t, dir)) != 2 {
+	if err := rewriteFile(blocked, []byte("new")); err == nil || len(configNames(t, dir)) != 2 {
 		t.Errorf("replaced a directory, or left something: %v, %q", err, configNames(t, dir))
 	}
 }

@@ -65,8 +65,8 @@ func load(from startupFlags) (c loaded, err error) {
 	for _, pl := range c.plugins {
 		c.rules = append(c.rules, pl.Rules)
 	}
-	c.store, c.settingsErr = openStore(c.paths, c.rules)
-	c.snap = c.store.snapshot
+	c.store = &store{p: c.paths, plugins: c.rules}
+	c.snap, _, c.settingsErr = c.store.current()
 	return c, nil
 }
 

@@ -37,18 +37,9 @@ const (
 	starterTools        = "claude codex gemini aider goose hermes openclaw opencode"
 )
 
-// What the texts of a plugin must look like. Its name is a directory's and part of a URL; its command is the first word of rules
-// and the base name of a request's first argument.
 var (
-	pluginName  = newForm('"', `[a-z0-9][a-z0-9-]*`, "one word of a-z, 0-9 and -")
-	pluginForms = map[string]form{
-		"plugin.type":       newForm('"', `skill|exec|trusted`, "skill, exec or trusted (system is reserved)"),
-		"plugin.invoke":     newForm('"', `exec|run`, "exec or run"),
-		"plugin.apiVersion": newForm('0', `1`, "1"),
-		"plugin.command":    newForm('"', `([A-Za-z0-9_][A-Za-z0-9_.+-]*)?`, "one word of letters, digits and _.+-"),
-		"plugin.before":     hookPath, "plugin.after": hookPath, "exec.allow": anyRule, "exec.deny": anyRule,
-	}
-	hookPath = newForm('"', `([^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*)?`, "a path inside the plugin, such as hooks/before")
+	// pluginName is what the name of a plugin must look like, as it is a directory's and part of a URL.
+	pluginName = newForm(`[a-z0-9][a-z0-9-]*`, "one word of a-z, 0-9 and -")
 
 	// routeForm admits the patterns in which one path is one request: no host, no subtree, no "..."; net/http refuses . and ..
 	routeForm     = regexp.MustCompile(`^(GET|POST|PUT|PATCH|DELETE) (/([A-Za-z0-9_.+~-]+|\{[A-Za-z0-9_]+\}))+$`)
@@ -198,9 +189,14 @@ func checkWay(dir, name string) error {
 func parsePlugin(name, file string, data []byte) (*plugin, error) {
 	var f struct {
 		PluginType, PluginCommand, PluginInvoke, PluginBefore, PluginAfter string
+		PluginAPIVersion                                                   int
 		Allow, Deny                                                        []ruleSpec
 	}
-	r, err := readSettings(file, pluginDefaults, data, pluginForms, &f)
+	r, err := readSettings(file, pluginDefaults, data, &f)
+	if err == nil && f.PluginAPIVersion != 1 {
+		r.fail(r.nodes["plugin.apiVersion"], "plugin.apiVersion", "must be 1")
+		err = r.err
+	}
 	if err != nil {
 		return nil, err
 	}

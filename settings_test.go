@@ -384,6 +384,12 @@ func TestEditPluginState(t *testing.T) {
 	}
 }
 
+func openStore(p paths, plugins []ruleSet) (*store, error) {
+	s := &store{p: p, plugins: plugins}
+	_, _, err := s.current()
+	return s, err
+}
+
 // storeWith opens a store on settings with the given time-out.
 func storeWith(t *testing.T, ms int) (paths, *store) {
 	t.Helper()
@@ -441,7 +447,7 @@ func TestStoreFollowsTheFile(t *testing.T) {
 	if err := os.Remove(p.settings); err != nil {
 		t.Fatal(err)
 	}
-	if err := rewriteFile(p.settings, []byte(`{"timeoutMs":2000}`), 0o600); err != nil {
+	if err := rewriteFile(p.settings, []byte(`{"timeoutMs":2000}`)); err != nil {
 		t.Fatal(err)
 	}
 	expectState(t, s, 2000, true, "") // as before the trouble, and yet news: it is in force again
@@ -579,7 +585,7 @@ func TestStoreRace(t *testing.T) {
 	for i := 0; i < 200 || seen[0].Load() == 0 || seen[1].Load() == 0; i++ {
 		var err error
 		if i/2%2 == 0 {
-			err = rewriteFile(p.settings, version(i%2), 0o600)
+			err = rewriteFile(p.settings, version(i%2))
 		} else {
 			err = os.WriteFile(p.settings, version(i%2), 0o600)
 		}

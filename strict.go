@@ -17,7 +17,10 @@ import (
 	"unicode/utf8"
 )
 
-const maxJSONCommas = 1 << 19 // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
+const (
+	maxJSONCommas = 1 << 19         // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
+	maxSetting    = 999_999_999_999 // of any number; a time.Duration holds as many milliseconds
+)
 
 // nodeKinds names the kinds of a node for people.
 var nodeKinds = map[byte]string{'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false"}
@@ -41,12 +44,6 @@ func (n *node) get(key string) *node {
 }
 
 func (n *node) end() int { return n.start + len(n.raw) }
-
-// plain is the value as encoding/json has it.
-func (n *node) plain() (value any) {
-	json.Unmarshal([]byte(n.raw), &value) // it is valid
-	return value
-}
 
 func isComment(key string) bool { return strings.HasPrefix(key, "_") }
 
@@ -135,7 +132,7 @@ func editList(text, key string, value any, remove bool) string {
 		member = fmt.Sprintf("%q: [%s]", name, member)
 	} else {
 		n = n.get(name)
-		at = slices.IndexFunc(n.items, func(v *node) bool { return string(marshal(v.plain())) == member })
+		at = slices.IndexFunc(n.items, func(v *node) bool { return string(marshal(ruleSpec{v.str, v.texts()})) == member })
 	}
 	last := len(n.items) - 1
 	switch {
@@ -197,7 +194,7 @@ var fieldName = strings.NewReplacer("exec.limits.", "", "exec.", "", ".", "", "M
 
 func parseSettings(p paths, data []byte) (*settings, error) {
 	s := &settings{EnvSet: map[string]string{}}
-	r, err := readSettings(p.settings, defaultSettings, data, settingForms, s)
+	r, err := readSettings(p.settings, defaultSettings, data, s)
 	if err != nil {
 		return nil, err
 	}
@@ -228,55 +225,53 @@ func (s *settings) ipAllowed(peer netip.Addr) bool {
 	return !slices.ContainsFunc(s.IPDeny, within) && slices.ContainsFunc(s.IPAllow, within)
 }
 
-// form is what a text or a number must look like, and how to say so.
+// form is what a text must look like, and how to say so.
 type form struct {
-	kind  byte // of the node
 	ok    func(string) bool
 	want  string
 	lists int // that may lie in one another: only rules may be lists in their list
 }
 
-func newForm(kind byte, pattern, want string) form {
-	return form{kind, regexp.MustCompile(`^(?:` + pattern + `)$`).MatchString, want, 1}
+func newForm(pattern, want string) form {
+	return form{regexp.MustCompile(`^(?:` + pattern + `)$`).MatchString, want, 1}
 }
 
 var (
-	anyText      = newForm('"', `[^\x00]*`, "a string (without NUL and lone surrogates)")
-	anyRule      = form{'"', anyText.ok, anyText.want, 2}
-	absolutePath = newForm('"', `(/[^\x00]*)?`, "an absolute path, or empty")
-	variable     = newForm('"', `[^*=\x00]*[^=\x00]`, "the name of a variable (a * may end it)")
-	network      = form{'"', func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *", 1}
-	positive     = newForm('0', `[1-9]\d{0,11}`, "a whole number from 1 to 999999999999") // a time.Duration holds as many milliseconds
-	orNone       = newForm('0', `0|[1-9]\d{0,11}`, "a whole number from 0 to 999999999999")
+	anyText      = newForm(`[^\x00]*`, "a string (without NUL and lone surrogates)")
+	anyRule      = form{anyText.ok, anyText.want, 2}
+	absolutePath = newForm(`(/[^\x00]*)?`, "an absolute path, or empty")
+	variable     = newForm(`[^*=\x00]*[^=\x00]`, "the name of a variable (a * may end it)")
+	network      = form{func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *", 1}
 
-	// kindForms are those of the settings that settingForms does not name.
-	kindForms    = map[byte]form{'"': anyText, '[': anyText, '0': positive}
-	settingForms = map[string]form{
+	hookPath = newForm(`([^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*)?`, "a path inside the plugin, such as hooks/before")
+
+	// forms are those of the texts that are not just any, of a plugin's settings too.
+	forms = map[string]form{
 		"exec.allow": anyRule, "exec.deny": anyRule, "exec.tests.allowed": anyRule, "exec.tests.refused": anyRule,
-		"exec.cwd": absolutePath, "audit.file": absolutePath, "exec.env.keep": variable, "ip.allow": network, "ip.deny": network,
-		"exec.limits.cpuSeconds": orNone, "exec.limits.memoryBytes": orNone, "exec.limits.fileBytes": orNone, "exec.limits.openFiles": orNone,
-		"exec.limits.processes": orNone, "rateLimit.max": orNone, "plugins.mode": newForm('"', "auto|explicit", `"auto" or "explicit"`),
+		"exec.cwd": absolutePath, "audit.file": absolutePath, "plugins.mode": newForm("auto|explicit", `"auto" or "explicit"`),
+		"exec.env.keep": variable, "ip.allow": network, "ip.deny": network, "plugin.before": hookPath, "plugin.after": hookPath,
+		"plugin.type":    newForm("skill|exec|trusted", "skill, exec or trusted (system is reserved)"),
+		"plugin.command": newForm(`([A-Za-z0-9_][A-Za-z0-9_.+-]*)?`, "one word of letters, digits and _.+-"),
+		"plugin.invoke":  newForm("exec|run", "exec or run"),
 	}
 )
 
 // settingsFile is a settings file that is read. Its first error stays; it begins with FILE:LINE:COLUMN and the key.
 type settingsFile struct {
 	file, text string
-	forms      map[string]form
 	nodes      map[string]*node // by dotted key: the file's value of each, else the default
 	err        error
 }
 
-func (r *settingsFile) fail(n *node, key, format string, args ...any) error {
+func (r *settingsFile) fail(n *node, key, format string, args ...any) {
 	if r.err == nil {
 		r.err = fmt.Errorf("%s:%w", r.file, errorAt(r.text, n.start, "%s: %s", key, fmt.Sprintf(format, args...)))
 	}
-	return r.err
 }
 
 // readSettings reads a settings file, a plugin's too, that may have what the defaults have, into fields that fieldName names.
-func readSettings(file, defaults string, data []byte, forms map[string]form, fields any) (*settingsFile, error) {
-	r := &settingsFile{file: file, text: string(data), forms: forms, nodes: map[string]*node{}}
+func readSettings(file, defaults string, data []byte, fields any) (*settingsFile, error) {
+	r := &settingsFile{file: file, text: string(data), nodes: map[string]*node{}}
 	known, _ := parseStrict([]byte(defaults)) // ours
 	r.walk("", known, known)
 	for _, n := range r.nodes {
@@ -320,14 +315,24 @@ func (r *settingsFile) walk(prefix string, n, known *node) {
 		case len(def.keys) > 0: // an object of ours; one without keys there takes any, as exec.env.set
 			r.walk(name+".", v, def)
 		default:
-			f, named := r.forms[name]
-			if !named {
-				f = kindForms[def.kind]
-			}
-			if r.nodes[name] = v; f.ok != nil {
-				r.hold(name, v, f, f.lists)
-			}
+			r.nodes[name] = v
+			r.check(name, v, def)
 		}
+	}
+}
+
+// check holds numbers to their range, in which 0 is only if it is the default (no limit), and texts to their form.
+func (r *settingsFile) check(key string, v, def *node) {
+	switch f, named := forms[key]; {
+	case def.kind == '0':
+		i, err := strconv.ParseUint(v.str, 10, 64)
+		if least := min(def.raw, "1"); err != nil || i > maxSetting || i == 0 && least == "1" {
+			r.fail(v, key, "must be a whole number from %s to %d", least, maxSetting)
+		}
+	case named:
+		r.hold(key, v, f, f.lists)
+	case def.kind == '"' || def.kind == '[':
+		r.hold(key, v, anyText, anyText.lists)
 	}
 }
 
@@ -337,7 +342,7 @@ func (r *settingsFile) hold(key string, n *node, f form, lists int) {
 		for _, item := range n.items {
 			r.hold(key, item, f, lists-1)
 		}
-	} else if n.kind != f.kind || !f.ok(n.str) {
+	} else if n.kind != '"' || !f.ok(n.str) {
 		r.fail(n, key, "must be %s", f.want)
 	}
 }
