@@ -103,8 +103,7 @@ type startup struct {
 	enabled, allowQueryKey bool
 }
 
-// startupFlags are the command line's own, "" if not given. The key was handed over on a descriptor by the process that had it in
-// its environment.
+// startupFlags are the command line's own, "" if not given; the key was handed over by the process that had it in its environment.
 type startupFlags struct{ key, host, port string }
 
 // environWithoutKey is this process's environment, for another aexec.

@@ -82,7 +82,7 @@ func TestSettingsErrors(t *testing.T) {
 		`{"exec":{"env":{"set":{"":"x"}}}}`, `{"exec":{"env":{"set":{"A=B":"x"}}}}`, `{"exec":{"env":{"set":{"A":1}}}}`, `{"exec":{"env":{"set":{"A":"\u0000"}}}}`, `{"exec":{"env":{"set":["A=1"]}}}`,
 		`{"ip":{"allow":"localhost"}}`, `{"ip":{"allow":""}}`, `{"ip":{"allow":["1.2.3"]}}`, `{"ip":{"allow":["10.0.0.0/33"]}}`, `{"ip":{"deny":["fe80::1%eth0"]}}`, `{"ip":{"deny":["fe80::1%eth0/64"]}}`, `{"ip":{"deny":["::ffff:0.0.0.0/90"]}}`, `{"ip":{"deny":[1]}}`, `{"ip":{"deny":{}}}`, `{"ip":{"allow":null}}`, `{"ip":{"allow":["10.0.0.0/08"]}}`, `{"ip":{"allow":["127.0.0.1:80"]}}`,
 		`{"plugins":{"mode":"all"}}`, `{"plugins":{"enabled":"x"}}`,
-		`{"timeoutMs":"1"}`, `{"timeoutMs":1.5}`, `{"timeoutMs":1e3}`, `{"timeoutMs":-1}`, `{"timeoutMs":0}`, `{"timeoutMs":1000000000000}`, `{"timeoutMs":99999999999999999999}`, `{"timeoutMs":null}`, `{"timeoutMs":1,}`,
+		`{"timeoutMs":"1"}`, `{"timeoutMs":1.5}`, `{"timeoutMs":1e3}`, `{"timeoutMs":-1}`, `{"timeoutMs":0}`, `{"timeoutMs":1000000000001}`, `{"timeoutMs":99999999999999999999}`, `{"timeoutMs":null}`, `{"timeoutMs":1,}`,
 	} {
 		s, err := parseSettings(paths{settings: "settings.json"}, []byte(text))
 		if err == nil || s != nil && !strings.HasPrefix(err.Error(), "settings.json:") {
@@ -114,7 +114,7 @@ func settingsText(values map[string]any) string {
 }
 
 func TestSettingsRanges(t *testing.T) {
-	const most = 999_999_999_999
+	const most = 1_000_000_000_000
 	for _, key := range []string{
 		"timeoutMs", "killGraceMs", "maxOutputBytes", "maxStreamBytes", "maxConcurrentExec", "maxRequestBodyBytes", "rateLimit.windowMs", "-rateLimit.max",
 		"-exec.limits.cpuSeconds", "-exec.limits.memoryBytes", "-exec.limits.fileBytes", "-exec.limits.openFiles", "-exec.limits.processes",

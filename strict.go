@@ -18,8 +18,8 @@ import (
 )
 
 const (
-	maxJSONCommas = 1 << 19         // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
-	maxSetting    = 999_999_999_999 // of any number; a time.Duration holds as many milliseconds
+	maxJSONCommas = 1 << 19           // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
+	maxSetting    = 1_000_000_000_000 // of any number; a time.Duration holds as many milliseconds
 )
 
 // nodeKinds names the kinds of a node for people.
@@ -176,7 +176,7 @@ type settings struct {
 	EnvKeep                                             []string
 	EnvSet                                              map[string]string
 	NoNewPrivileges                                     bool
-	IPAllow, IPDeny                                     []netip.Prefix // "*" is 0.0.0.0/0 and ::/0
+	IPAllow, IPDeny                                     networks
 	Timeout, KillGrace, RateLimitWindow                 time.Duration
 	MaxOutputBytes, MaxStreamBytes, MaxRequestBodyBytes int64
 	MaxConcurrentExec, RateLimitMax                     int // RateLimitMax 0: no limit
@@ -201,10 +201,13 @@ func parseSettings(p paths, data []byte) (*settings, error) {
 	set := r.nodes["exec.env.set"]
 	for i, name := range set.keys {
 		if !isComment(name.str) {
-			r.hold("exec.env.set", name, variable, 0)
-			r.hold("exec.env.set", set.items[i], anyText, 0)
+			r.hold("exec.env.set", name, variable)
+			r.hold("exec.env.set", set.items[i], anyText)
 			s.EnvSet[name.str] = set.items[i].str
 		}
+	}
+	for _, d := range []*time.Duration{&s.Timeout, &s.KillGrace, &s.RateLimitWindow} {
+		*d *= time.Millisecond
 	}
 	s.source, s.AuditFile = r, cmp.Or(s.AuditFile, p.audit)
 	return s, r.err
@@ -227,27 +230,24 @@ func (s *settings) ipAllowed(peer netip.Addr) bool {
 
 // form is what a text must look like, and how to say so.
 type form struct {
-	ok    func(string) bool
-	want  string
-	lists int // that may lie in one another: only rules may be lists in their list
+	ok   func(string) bool
+	want string
 }
 
 func newForm(pattern, want string) form {
-	return form{regexp.MustCompile(`^(?:` + pattern + `)$`).MatchString, want, 1}
+	return form{regexp.MustCompile(`^(?:` + pattern + `)$`).MatchString, want}
 }
 
 var (
 	anyText      = newForm(`[^\x00]*`, "a string (without NUL and lone surrogates)")
-	anyRule      = form{anyText.ok, anyText.want, 2}
 	absolutePath = newForm(`(/[^\x00]*)?`, "an absolute path, or empty")
 	variable     = newForm(`[^*=\x00]*[^=\x00]`, "the name of a variable (a * may end it)")
-	network      = form{func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *", 1}
+	network      = form{func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *"}
 
 	hookPath = newForm(`([^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*)?`, "a path inside the plugin, such as hooks/before")
 
 	// forms are those of the texts that are not just any, of a plugin's settings too.
 	forms = map[string]form{
-		"exec.allow": anyRule, "exec.deny": anyRule, "exec.tests.allowed": anyRule, "exec.tests.refused": anyRule,
 		"exec.cwd": absolutePath, "audit.file": absolutePath, "plugins.mode": newForm("auto|explicit", `"auto" or "explicit"`),
 		"exec.env.keep": variable, "ip.allow": network, "ip.deny": network, "plugin.before": hookPath, "plugin.after": hookPath,
 		"plugin.type":    newForm("skill|exec|trusted", "skill, exec or trusted (system is reserved)"),
@@ -259,6 +259,7 @@ var (
 // settingsFile is a settings file that is read. Its first error stays; it begins with FILE:LINE:COLUMN and the key.
 type settingsFile struct {
 	file, text string
+	fields     any              // a struct: a field for each key but those whose value takes any key
 	nodes      map[string]*node // by dotted key: the file's value of each, else the default
 	err        error
 }
@@ -271,7 +272,7 @@ func (r *settingsFile) fail(n *node, key, format string, args ...any) {
 
 // readSettings reads a settings file, a plugin's too, that may have what the defaults have, into fields that fieldName names.
 func readSettings(file, defaults string, data []byte, fields any) (*settingsFile, error) {
-	r := &settingsFile{file: file, text: string(data), nodes: map[string]*node{}}
+	r := &settingsFile{file: file, text: string(data), fields: fields, nodes: map[string]*node{}}
 	known, _ := parseStrict([]byte(defaults)) // ours
 	r.walk("", known, known)
 	for _, n := range r.nodes {
@@ -279,27 +280,13 @@ func readSettings(file, defaults string, data []byte, fields any) (*settingsFile
 	}
 	root, err := parseStrict(data)
 	if err != nil {
-		return r, fmt.Errorf("%s:%w", file, err)
+		return nil, fmt.Errorf("%s:%w", file, err)
 	}
 	if root.kind != '{' {
 		r.fail(root, "settings", "must be an object")
 	}
-	if r.walk("", root, known); r.err != nil {
-		return r, r.err
-	}
-	values := map[string]any{}
-	for key, n := range r.nodes {
-		switch field := fieldName(key); {
-		case n.kind == '{': // what takes any key is the caller's to read
-		case strings.HasSuffix(key, "Ms"):
-			values[field] = json.RawMessage(n.raw + "000000") // as a time.Duration has it
-		case strings.HasPrefix(key, "ip."):
-			values[field] = networks(n)
-		default:
-			values[field] = json.RawMessage(n.raw)
-		}
-	}
-	return r, json.Unmarshal(marshal(values), fields)
+	r.walk("", root, known)
+	return r, r.err
 }
 
 // walk takes over the members of n, and refuses those that the defaults do not know, or that are something else there.
@@ -312,38 +299,40 @@ func (r *settingsFile) walk(prefix string, n, known *node) {
 			r.fail(key, strconv.Quote(name), "is not a setting: look at its case, or let it begin with _ as a comment")
 		case v.kind != def.kind && prefix != "ip.":
 			r.fail(v, name, "must be %s", nodeKinds[def.kind])
-		case len(def.keys) > 0: // an object of ours; one without keys there takes any, as exec.env.set
+		case len(def.keys) > 0:
 			r.walk(name+".", v, def)
 		default:
-			r.nodes[name] = v
-			r.check(name, v, def)
+			if r.nodes[name] = v; def.kind != '{' { // else it takes any key, as exec.env.set
+				r.take(name, v, def)
+			}
 		}
 	}
 }
 
-// check holds numbers to their range, in which 0 is only if it is the default (no limit), and texts to their form.
-func (r *settingsFile) check(key string, v, def *node) {
-	switch f, named := forms[key]; {
-	case def.kind == '0':
+// take holds a number to its range, in which 0 is only if it is the default (no limit), or a text to its form, and sets the field.
+func (r *settingsFile) take(key string, v, def *node) {
+	if def.kind == '0' {
 		i, err := strconv.ParseUint(v.str, 10, 64)
 		if least := min(def.raw, "1"); err != nil || i > maxSetting || i == 0 && least == "1" {
 			r.fail(v, key, "must be a whole number from %s to %d", least, maxSetting)
 		}
-	case named:
-		r.hold(key, v, f, f.lists)
-	case def.kind == '"' || def.kind == '[':
-		r.hold(key, v, anyText, anyText.lists)
+	} else if f, named := forms[key]; named {
+		r.hold(key, v, f)
+	} else if def.kind != 't' {
+		r.hold(key, v, anyText)
+	}
+	if json.Unmarshal(fmt.Appendf(nil, "{%q:%s}", fieldName(key), v.raw), r.fields) != nil { // all else has been checked
+		r.fail(v, key, "has a list where a string must be")
 	}
 }
 
-// hold wants all in n to have the form; lists is how many lists may lie in one another.
-func (r *settingsFile) hold(key string, n *node, f form, lists int) {
-	if n.kind == '[' && lists > 0 {
-		for _, item := range n.items {
-			r.hold(key, item, f, lists-1)
-		}
-	} else if n.kind != '"' || !f.ok(n.str) {
+// hold wants every text in n to have the form; how deep lists may lie in one another, the type of the field says.
+func (r *settingsFile) hold(key string, n *node, f form) {
+	if n.kind != '[' && (n.kind != '"' || !f.ok(n.str)) {
 		r.fail(n, key, "must be %s", f.want)
+	}
+	for _, item := range n.items {
+		r.hold(key, item, f)
 	}
 }
 
@@ -355,12 +344,18 @@ func (r *ruleSpec) UnmarshalJSON(data []byte) error {
 	return json.Unmarshal(data, &r.Text)
 }
 
-// networks gives those that a text or a list of texts names.
-func networks(n *node) (list []netip.Prefix) {
-	for _, v := range append(n.items, n) { // the text of a list is empty
-		list = append(list, parseNetwork(v.str)...)
+// networks are prefixes; "*" is 0.0.0.0/0 and ::/0.
+type networks []netip.Prefix
+
+// UnmarshalJSON reads a text or a list of them, which have been checked.
+func (n *networks) UnmarshalJSON(data []byte) error {
+	v, err := parseStrict(data)
+	if *n = nil; err == nil {
+		for _, text := range append(v.texts(), v.str) { // a list has no text of its own
+			*n = append(*n, parseNetwork(text)...)
+		}
 	}
-	return list
+	return err
 }
 
 // parseNetwork gives nothing for what is no address, network or *. A zone is refused; IPv4 within IPv6 becomes IPv4, as peers do.
