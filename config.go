@@ -141,7 +141,7 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 	}, err
 }
 
-// startupNames are all that .env may set.
+// startupNames are all that .env may set, in the order of `aexec config`.
 var startupNames = []string{"API_KEY", "HOST", "PORT", "AGENT_EXEC_ENABLED", "AGENT_EXEC_ALLOW_QUERY_API_KEY"}
 
 // A line of .env: a name, and a value in quotes or without spaces, and perhaps a comment.
@@ -387,8 +387,9 @@ func configTable(p paths, start startup, s *settings) (rows []configRow) {
 	}
 	const reloads, waits = "reloads", "needs a restart"
 	if start.key != nil {
-		rows = append(rows, configRow{"API_KEY", start.key.id(), waits}, configRow{"HOST", start.host, waits}, configRow{"PORT", start.port, waits},
-			configRow{"AGENT_EXEC_ENABLED", start.enabled, waits}, configRow{"AGENT_EXEC_ALLOW_QUERY_API_KEY", start.allowQueryKey, waits})
+		for i, value := range []any{start.key.id(), start.host, start.port, start.enabled, start.allowQueryKey} {
+			rows = append(rows, configRow{startupNames[i], value, waits})
+		}
 	}
 	if s == nil {
 		return rows

@@ -200,7 +200,8 @@ func parsePlugin(name, file string, data []byte) (*plugin, error) {
 	if err != nil {
 		return nil, err
 	}
-	p := &plugin{Name: name, Type: f.PluginType, Command: f.PluginCommand, Invoke: f.PluginInvoke, before: f.PluginBefore, after: f.PluginAfter}
+	p := &plugin{Name: name, Type: f.PluginType, Command: f.PluginCommand, Invoke: f.PluginInvoke}
+	p.before, p.after = f.PluginBefore, f.PluginAfter
 	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: f.Allow, Deny: f.Deny}
 	switch p.routes, err = parseRoutes(name, r.nodes["plugin.routes"]); {
 	case err != nil:
