@@ -241,8 +241,8 @@ func parseExecBody(data []byte) (args []string, e *apiError) {
 	if err != nil {
 		return nil, newError("invalid_json", "The body is not valid JSON, at line:column ", err, ".")
 	}
-	args = nodeStrings(cmp.Or(body.get("args"), &node{}))
-	others := slices.DeleteFunc(body.keys, func(key string) bool { return key == "args" })
+	args = cmp.Or(body.get("args"), &node{}).texts()
+	others := slices.DeleteFunc(each(body.keys, func(key *node) string { return key.str }), func(key string) bool { return key == "args" })
 	switch err = checkArgv(args); {
 	case body.kind != '{':
 		return nil, newError("invalid_json")
@@ -393,8 +393,8 @@ func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
 // audited runs a command, or a hook with its stdin, between two records; if the first cannot be written, nothing runs.
 func (c *call) audited(stdin []byte) *apiError {
 	s := c.snap
-	cmd := command{what: c.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits,
-		noNewPrivs: s.Exec.NoNewPrivileges, timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
+	cmd := command{what: c.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.rlimits,
+		noNewPrivs: s.NoNewPrivileges, timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
 	if stdin != nil {
 		cmd.cred, cmd.env, cmd.cwd = nil, s.hookEnv, c.plugin.dir // a hook runs as the server's user, in nobody else's world
 	}

@@ -153,12 +153,9 @@ func (l *auditLog) open() error {
 	if err == nil && l.f != nil && os.SameFile(now, l.info) && now.Size() == l.info.Size() && now.ModTime().Equal(l.info.ModTime()) {
 		return nil
 	}
-	f, err := openTrusted(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE)
+	f, now, err := openTrusted(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0)
 	l.f.Close() // only now: until then a new file could not have the old one's inode number
-	if l.f = f; err == nil {
-		now, err = f.Stat()
-	}
-	if err == nil && now.Mode().IsRegular() {
+	if l.f = f; err == nil && now.Mode().IsRegular() {
 		err = l.takeUp(now)
 	}
 	if err != nil {
@@ -249,7 +246,8 @@ func auditDigest(line []byte) string { return fmt.Sprintf("%x", sha256.Sum256(li
 
 // openAppend opens a file for append: the server's own log.
 func openAppend(file string) (*os.File, error) {
-	return openTrusted(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE)
+	f, _, err := openTrusted(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0)
+	return f, err
 }
 
 // auditLine is one line that was read back, whoever wrote it.
@@ -278,14 +276,13 @@ func readLines(f *os.File, at int64) (lines [][]byte, rest []byte, err error) {
 // readAudit hands emit the last n whole lines, as many as maxAuditRead bytes hold, or (allLines) every line. With follow it goes on with
 // each new one until emit fails, also in the file that takes this one's place; a file that was cut is read from its start again.
 func readAudit(file string, n int, follow bool, emit func(auditLine) error) error {
-	f, err := openTrusted(file, os.O_RDONLY)
+	f, info, err := openTrusted(file, os.O_RDONLY, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	info, err := f.Stat()
-	if err != nil || !info.Mode().IsRegular() {
-		return cmp.Or(err, fmt.Errorf("%q is not a regular file: name another", file))
+	if !info.Mode().IsRegular() {
+		return fmt.Errorf("%q is not a regular file: name another", file)
 	}
 	at, anew := int64(0), false
 	if n < allLines {

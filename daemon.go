@@ -40,14 +40,14 @@ type serverInfo struct {
 // holdPidFile opens the pid file and takes its lock, for the life of the process: nothing else in this process may open it,
 // as closing any descriptor of it drops the lock (fcntl_locking(2)). It gives nil where there is no such file and none can be made.
 func holdPidFile(p paths) (*os.File, error) {
-	f, err := openTrusted(p.pid, os.O_RDWR|os.O_CREATE)
+	f, _, err := openTrusted(p.pid, os.O_RDWR|os.O_CREATE, private)
 	if _, missing := os.Lstat(p.pid); err != nil && missing != nil {
 		return nil, nil
 	} else if err != nil {
 		return nil, err
 	}
 	mine, err := lockFile(f)
-	if err = cmp.Or(checkTrustedFile(f, true), err); err == nil && mine {
+	if err == nil && mine {
 		return f, f.Truncate(0) // what an earlier server wrote is not true of this one
 	}
 	f.Close()
@@ -57,7 +57,7 @@ func holdPidFile(p paths) (*os.File, error) {
 // findServer asks the kernel who holds the lock (nobody: not running), and takes the file's content only if it agrees with
 // that. The server itself must not call it.
 func findServer(p paths) (info serverInfo, running bool, err error) {
-	f, err := openTrusted(p.pid, 0)
+	f, _, err := openTrusted(p.pid, 0, private)
 	if errors.Is(err, os.ErrNotExist) {
 		return info, false, nil
 	} else if err != nil {
@@ -65,7 +65,7 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 	}
 	defer f.Close()
 	pid, held, err := lockHolder(f)
-	if err = errors.Join(checkTrustedFile(f, true), err); err != nil || !held {
+	if err != nil || !held {
 		return info, false, err
 	}
 	if json.NewDecoder(f).Decode(&info) != nil || info.Pid != pid {

@@ -435,7 +435,7 @@ func TestChangesThatNeedARestartAreLoggedOnce(t *testing.T) {
 		close(ended)
 	}()
 	// at once, for the second tick of the step before may still be at work
-	write := func(path, text string) func() { return func() { rewriteFile(path, []byte(text), 0o600) } }
+	write := func(path, text string) func() { return func() { rewriteFile(path, []byte(text)) } }
 	steps := []func(){
 		func() {},
 		write(h.paths.env, "API_KEY="+daemonOtherKey+"\nPORT=0\nAGENT_EXEC_ENABLED=true\n"),

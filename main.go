@@ -63,8 +63,8 @@ func load(from startupFlags) (c loaded) {
 		for _, pl := range c.plugins {
 			c.rules = append(c.rules, pl.Rules)
 		}
-		c.store, errs[2] = openStore(c.paths, c.rules)
-		c.snap = c.store.snapshot
+		c.store = &store{p: c.paths, plugins: c.rules}
+		c.snap, _, errs[2] = c.store.current()
 	}
 	for _, p := range c.problems {
 		if !p.Warning {
@@ -152,14 +152,6 @@ func (t *terminal) serve() error {
 	err = errors.Join(err, audit.append(auditRecord{Event: "server_stop", Reason: fmt.Sprint(why)}))
 	logger.Printf("stopped (%v), audit head %s", why, audit.head())
 	return err
-}
-
-// restartState is everything on disk that only a restart brings into force, by name.
-func restartState(p paths) (map[string]string, error) {
-	state := pluginFingerprints(p)
-	values, err := restartValues(p)
-	maps.Copy(state, values)
-	return state, err
 }
 
 // changedOnDisk names, sorted, what is not as it was when a server was started: values that differ, and those that only one

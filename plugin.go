@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -38,15 +37,9 @@ const (
 	starterTools        = "claude codex gemini aider goose hermes openclaw opencode"
 )
 
-// What the texts of a plugin must look like. Its name is a directory's and part of a URL; its command is the first word of rules
-// and the base name of a request's first argument.
 var (
-	pluginName    = form{regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`).MatchString, "one word of a-z, 0-9 and -"}
-	pluginType    = form{regexp.MustCompile(`^(skill|exec|trusted)$`).MatchString, "skill, exec or trusted (system is reserved)"}
-	pluginInvoke  = form{regexp.MustCompile(`^(exec|run)$`).MatchString, "exec or run"}
-	pluginCommand = form{regexp.MustCompile(`^([A-Za-z0-9_][A-Za-z0-9_.+-]*)?$`).MatchString, "one word of letters, digits and _.+-"}
-	hookPath      = form{regexp.MustCompile(`^([^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*)?$`).MatchString,
-		"a path inside the plugin, such as hooks/before"}
+	// pluginName is what the name of a plugin must look like, as it is a directory's and part of a URL.
+	pluginName = newForm(`[a-z0-9][a-z0-9-]*`, "one word of a-z, 0-9 and -")
 
 	// routeForm admits the patterns in which one path is one request: no host, no subtree, no "..."; net/http refuses . and ..
 	routeForm     = regexp.MustCompile(`^(GET|POST|PUT|PATCH|DELETE) (/([A-Za-z0-9_.+~-]+|\{[A-Za-z0-9_]+\}))+$`)
@@ -129,7 +122,7 @@ func readPlugin(p paths, name string) (*plugin, error) {
 	references, _ := fs.Glob(os.DirFS(dir), "references/*.md") // the patterns are right, so there is no error
 	public, _ := fs.Glob(os.DirFS(dir), "public/SKILL.md")
 	for _, file := range slices.Concat([]string{"settings.json", "SKILL.md"}, references, public) {
-		data, err := readTrusted(filepath.Join(dir, file), false)
+		data, err := readTrusted(filepath.Join(dir, file), guarded)
 		if err == nil {
 			err = checkWay(dir, file)
 		}
@@ -169,22 +162,15 @@ func reservedWord(word string) bool {
 
 // checkHook gives the version of a hook that can be run and that strict modes admit.
 func checkHook(dir, name string) (fileVersion, error) {
-	f, err := openTrusted(filepath.Join(dir, name), 0)
+	f, info, err := openTrusted(filepath.Join(dir, name), 0, guarded)
 	if err != nil {
 		return fileVersion{}, err
 	}
 	defer f.Close()
-	if err := checkTrustedFile(f, false); err != nil {
-		return fileVersion{}, err
+	if info.Mode()&0o111 == 0 {
+		return fileVersion{}, fmt.Errorf("%s is not executable: run chmod u+x", f.Name())
 	}
-	info, err := f.Stat()
-	if err == nil && info.Mode()&0o111 == 0 {
-		err = fmt.Errorf("%s is not executable: run chmod u+x", f.Name())
-	}
-	if err != nil {
-		return fileVersion{}, err
-	}
-	return versionOf(info), checkWay(dir, name)
+	return versionOf(info, nil), checkWay(dir, name)
 }
 
 // checkWay holds the directories on the way to a plugin's file to the strict modes, for who may write there may exchange the
@@ -199,33 +185,27 @@ func checkWay(dir, name string) error {
 	return nil
 }
 
-// pluginFingerprints gives a digest by "plugin:NAME" of all that is read of a plugin at start: a restart would bring what differs.
-func pluginFingerprints(p paths) map[string]string {
-	prints := map[string]string{}
-	plugins, _ := surveyPlugins(p, &settings{})
-	for _, pl := range plugins {
-		sum := sha256.Sum256(fmt.Append(nil, *pl))
-		prints[pluginSource+pl.Name] = fmt.Sprintf("%x", sum[:8])
-	}
-	return prints
-}
-
 // parsePlugin reads a plugin's settings.json; its errors begin with the file.
 func parsePlugin(name, file string, data []byte) (*plugin, error) {
-	r, err := readSettingNodes(file, pluginDefaults, data)
+	var f struct {
+		PluginType, PluginCommand, PluginInvoke, PluginBefore, PluginAfter string
+		PluginAPIVersion                                                   int
+		Allow, Deny                                                        []ruleSpec
+	}
+	r, err := readSettings(file, pluginDefaults, data, &f)
+	if err == nil && f.PluginAPIVersion != 1 {
+		r.fail(r.nodes["plugin.apiVersion"], "plugin.apiVersion", "must be 1")
+		err = r.err
+	}
 	if err != nil {
 		return nil, err
 	}
-	p := &plugin{Name: name, Type: r.string("plugin.type", pluginType), Command: r.string("plugin.command", pluginCommand),
-		Invoke: r.string("plugin.invoke", pluginInvoke), before: r.string("plugin.before", hookPath), after: r.string("plugin.after", hookPath)}
-	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: r.rules("exec.allow"), Deny: r.rules("exec.deny")}
-	r.number("plugin.apiVersion", 1, 1)
-	if r.err != nil {
-		return nil, r.err
-	}
+	p := &plugin{Name: name, Type: f.PluginType, Command: f.PluginCommand, Invoke: f.PluginInvoke}
+	p.before, p.after = f.PluginBefore, f.PluginAfter
+	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: f.Allow, Deny: f.Deny}
 	switch p.routes, err = parseRoutes(name, r.nodes["plugin.routes"]); {
 	case err != nil:
-	case p.Command == "" && (p.Type != "skill" || p.Rules.Allow != nil):
+	case p.Command == "" && (p.Type != "skill" || len(f.Allow) > 0):
 		err = errors.New("missing plugin.command")
 	case reservedWord(p.Command):
 		err = fmt.Errorf("the command %q is reserved: choose another", p.Command)
@@ -252,10 +232,10 @@ func parseRoutes(name string, n *node) (routes map[string][]string, err error) {
 		}
 	}()
 	for i := range n.keys {
-		if key = n.keys[i]; strings.HasPrefix(key, "_") {
-			continue // a comment
+		if key = n.keys[i].str; isComment(key) {
+			continue
 		}
-		argv, pattern := nodeStrings(n.items[i]), strings.Replace(key, " ", " /api/command/"+name, 1)
+		argv, pattern := n.items[i].texts(), strings.Replace(key, " ", " /api/command/"+name, 1)
 		if err := checkRoute(key, argv); err != nil {
 			return nil, fmt.Errorf("the route %q cannot be used: %w", key, err)
 		}
@@ -357,7 +337,7 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 	}
 	switch e := said.Error; {
 	case len(root.keys) != 1:
-	case which == "before" && checkArgv(nodeStrings(root.items[0])) == nil,
+	case which == "before" && checkArgv(root.items[0].texts()) == nil,
 		which == "after" && said.Result != nil,
 		e != nil && e.Status >= 400 && e.Status <= 599 && e.Code != "" && e.Message != "":
 		return said, nil

@@ -103,7 +103,7 @@ func (s *server) prepare(address string) error {
 	}
 	s.address, s.maxBody = address, snap.MaxRequestBodyBytes
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
-	s.limits = limiter{every: snap.RateWindow / time.Duration(max(1, snap.RateMax)), burst: snap.RateMax, clients: map[string]*rate.Limiter{}}
+	s.limits = limiter{every: snap.RateLimitWindow / time.Duration(max(1, snap.RateLimitMax)), burst: snap.RateLimitMax, clients: map[string]*rate.Limiter{}}
 	s.log.SetOutput(keylessLog{s, s.log.Writer()})
 	s.mux, s.documents = http.NewServeMux(), readDocuments(s.plugins)
 	for pattern, r := range routes {
