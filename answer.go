@@ -159,7 +159,7 @@ func frontmatter(doc []byte) (name, description string, err error) {
 		found[string(m[1])] = string(m[2])
 	}
 	if found["name"] == "" || found["description"] == "" {
-		err = errors.New("it must begin with frontmatter: name and description, each on one line, between two lines of ---")
+		err = errors.New("SKILL.md must begin with frontmatter: name and description, each on one line, between two lines of ---")
 	}
 	return found["name"], found["description"], err
 }

@@ -40,11 +40,11 @@ type loaded struct {
 	settings *settings // nil if the file cannot be read; with any settingsErr snap is
 	store    *store
 	snap     *snapshot
-	plugins  []*plugin // the usable ones
-	rules    []ruleSet // theirs
-	problems []pluginProblem
+	rules    []ruleSet  // of the usable plugins
 	server   serverInfo // what runs; if nothing does, the address is where it would
 	running  bool
+
+	all, plugins, problems []*plugin // every one there is, the usable ones, and those that something is wrong with
 
 	startErr, settingsErr, serverErr error
 }
@@ -61,7 +61,7 @@ func load(from startupFlags) (c loaded, err error) {
 		return c, nil
 	}
 	c.audit = c.settings.AuditFile
-	c.plugins, c.problems = loadPlugins(c.paths, c.settings)
+	c.all, c.plugins, c.problems = loadPlugins(c.paths, c.settings)
 	for _, pl := range c.plugins {
 		c.rules = append(c.rules, pl.Rules)
 	}
@@ -74,7 +74,7 @@ func load(from startupFlags) (c loaded, err error) {
 func (c loaded) startable() error {
 	err := errors.Join(c.startErr, c.settingsErr, c.serverErr)
 	for _, p := range c.problems {
-		if !p.Warning {
+		if p.Enabled && p.Broken {
 			err = errors.Join(err, errors.New(problemText(p)))
 		}
 	}
