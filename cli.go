@@ -541,7 +541,7 @@ func cliPluginMake(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	o, names := pluginOrder{Type: cmp.Or(t.flags["type"], "skill"), Force: t.on("force"), MustBe: t.command == "starterkit"}, t.args
+	o, names := plugin{Type: cmp.Or(t.flags["type"], "skill")}, t.args
 	if name := t.flags["name"]; name != "" {
 		names = []string{name}
 	} else if len(names) == 0 {
@@ -549,7 +549,7 @@ func cliPluginMake(t *terminal) error {
 	}
 	for _, o.Name = range names {
 		o.Command = cmp.Or(t.flags["command"], o.Name)
-		found, made, failed := createPlugin(t.paths, o, t.snap, r.run)
+		found, made, failed := createPlugin(t.paths, t.snap, o, t.on("force"), t.command != "starterkit", r.run)
 		if failed != nil {
 			err = errors.Join(err, fmt.Errorf("%q: %w", o.Name, failed))
 			continue

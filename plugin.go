@@ -25,12 +25,12 @@ const (
 	// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
 	pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},
 		"exec":{"allow":[],"deny":[]}}`
-
-	reservedPluginWords = "exec acl plugins skills private ping command aexec ae"
-	starterTools        = "claude codex gemini aider goose hermes openclaw opencode"
+	starterTools = "claude codex gemini aider goose hermes openclaw opencode"
 )
 
 var (
+	reservedPluginWords = strings.Fields("exec acl plugins skills private ping command aexec ae")
+
 	pluginName    = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`)
 	pluginType    = form{regexp.MustCompile(`^(skill|exec|trusted)$`).MatchString, "skill, exec or trusted (system is reserved)"}
 	pluginInvoke  = form{regexp.MustCompile(`^(exec|run)$`).MatchString, "exec or run"}
@@ -42,9 +42,7 @@ var (
 	routeWildcard = regexp.MustCompile(`^\{[A-Za-z0-9_]+\}$`)
 	routePlace    = regexp.MustCompile(` \(registered at [^)]*\)`) // which net/http adds: a line of ours
 	routeValue    = regexp.MustCompile(`^[^-\p{Cc}]\P{Cc}*$`)
-
-	// unsafeText is terminal sequences, overstrikes, and control and formatting characters.
-	unsafeText = regexp.MustCompile(`\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)|[^\n]\x08|[^\n\t\pL\pM\pN\pP\pS\p{Zs}]`)
+	unsafeText    = regexp.MustCompile(`\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)|[^\n]\x08|[^\n\t\pL\pM\pN\pP\pS\p{Zs}]`)
 )
 
 // plugin is one plugin as it lies on disk. The server has only those that are enabled and not broken.
@@ -99,58 +97,56 @@ func loadPlugins(p paths, s *settings) (all, usable, problems []*plugin) {
 
 // readPlugin reads and checks one plugin directory. An error names the file.
 func readPlugin(p paths, name string) (*plugin, error) {
-	dir, files, err := filepath.Join(p.plugins, name), map[string][]byte{}, checkPluginName(name)
-	references, _ := fs.Glob(os.DirFS(dir), "references/*.md") // the patterns are right, so there is no error
-	public, _ := fs.Glob(os.DirFS(dir), "public/SKILL.md")
-	for _, file := range slices.Concat([]string{"settings.json", "SKILL.md"}, references, public) {
-		data, unread := readTrusted(filepath.Join(dir, file), false)
-		files[file], err = data, cmp.Or(err, unread, checkWay(dir, file))
-	}
-	pl, unparsed := parsePlugin(name, filepath.Join(dir, "settings.json"), files["settings.json"])
-	if err = cmp.Or(err, unparsed); err != nil {
+	dir, err := pluginDir(p, name)
+	file := filepath.Join(dir, "settings.json")
+	data, unread := readTrusted(file, false)
+	pl, unparsed := parsePlugin(name, file, data)
+	if err = cmp.Or(err, unread, unparsed); err != nil {
 		return &plugin{Name: name}, err
 	}
-	delete(files, "settings.json") // it is no document
-	pl.dir, pl.docs, pl.hooks = dir, files, map[string]fileVersion{}
+	pl.dir, pl.docs, pl.hooks = dir, map[string][]byte{}, map[string]fileVersion{}
+	references, _ := fs.Glob(os.DirFS(dir), "references/*.md") // the patterns are right, so there is no error
+	public, _ := fs.Glob(os.DirFS(dir), "public/SKILL.md")
+	for _, doc := range slices.Concat([]string{"SKILL.md"}, references, public) {
+		pl.docs[doc], unread = readTrusted(filepath.Join(dir, doc), false)
+		_, open := checkFile(dir, doc)
+		err = cmp.Or(err, unread, open)
+	}
 	for _, hook := range []string{pl.before, pl.after} {
-		if hook != "" && err == nil {
-			pl.hooks[hook], err = checkHook(dir, hook)
+		if hook == "" || err != nil {
+			continue
+		}
+		if pl.hooks[hook], err = checkFile(dir, hook); err == nil && pl.hooks[hook].mode&0o111 == 0 {
+			err = fmt.Errorf("%s is not executable: run chmod u+x", filepath.Join(dir, hook))
 		}
 	}
 	return pl, err
 }
 
-func checkPluginName(name string) error {
+// pluginDir is where a plugin of that name lies; an error says that none can be called so.
+func pluginDir(p paths, name string) (dir string, err error) {
 	if !pluginName.MatchString(name) || reservedWord(name) {
-		return fmt.Errorf("the name %q must be one word of a-z, 0-9 and -, and none of %s", name, reservedPluginWords)
+		err = fmt.Errorf("the name %q must be one word of a-z, 0-9 and -, and none of %s", name, reservedPluginWords)
 	}
-	return nil
+	return filepath.Join(p.plugins, name), err
 }
 
-func reservedWord(word string) bool {
-	return slices.Contains(strings.Fields(reservedPluginWords), word)
-}
+func reservedWord(word string) bool { return slices.Contains(reservedPluginWords, word) }
 
-// checkHook gives the version of a hook that can be run and that strict modes admit.
-func checkHook(dir, name string) (version fileVersion, err error) {
+// checkFile gives the version of a plugin's file. It holds the file, and the directories on the way to it, to strict modes: who
+// may write there may exchange the file.
+func checkFile(dir, name string) (fileVersion, error) {
 	f, err := openTrusted(filepath.Join(dir, name), 0)
-	if err == nil {
-		defer f.Close()
-		version, err = versionAt(f.Name()), cmp.Or(checkTrustedFile(f, false), checkWay(dir, name))
+	if err != nil {
+		return fileVersion{}, err
 	}
-	if err == nil && version.mode&0o111 == 0 {
-		err = fmt.Errorf("%s is not executable: run chmod u+x", f.Name())
-	}
-	return version, err
-}
-
-// checkWay holds the directories on the way to a plugin's file to the strict modes: who may write there may exchange the file.
-func checkWay(dir, name string) (err error) {
-	for name != "." && err == nil {
+	defer f.Close()
+	err = checkTrustedFile(f, false)
+	for err == nil && name != "." {
 		name = filepath.Dir(name)
 		err = checkTrustedDir(filepath.Join(dir, name))
 	}
-	return err
+	return versionAt(f.Name()), err
 }
 
 // pluginFingerprints gives a digest by "plugin:NAME" of all that is read of a plugin at start: a restart would bring what differs.
@@ -275,7 +271,7 @@ type hookOutput struct {
 func (p *plugin) runHook(which string, in map[string]any, run func(what approved, stdin []byte) outcome) (hookOutput, error) {
 	hook := pick(which == "after", p.after, p.before)
 	// Only the file that was checked at start runs: who can exchange it after this look owns the plugin anyway.
-	if version, err := checkHook(p.dir, hook); err != nil || version != p.hooks[hook] {
+	if version, err := checkFile(p.dir, hook); err != nil || version != p.hooks[hook] {
 		return hookOutput{}, fmt.Errorf("it has changed since the server started: run aexec restart (%v)", err)
 	}
 	in["plugin"] = map[string]string{"name": p.Name, "type": p.Type, "command": p.Command, "invoke": p.Invoke}
@@ -312,9 +308,9 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 }
 
 // editPlugin enables, disables or removes a plugin. What is broken would keep the server from starting, and is not enabled.
-func editPlugin(p paths, s *settings, name, action string) (err error) {
-	dir := filepath.Join(p.plugins, name)
-	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || checkPluginName(name) != nil {
+func editPlugin(p paths, s *settings, name, action string) error {
+	dir, err := pluginDir(p, name)
+	if info, missing := os.Lstat(dir); err != nil || missing != nil || !info.IsDir() {
 		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
 	}
 	if action == "enable" {
@@ -329,27 +325,22 @@ func editPlugin(p paths, s *settings, name, action string) (err error) {
 	return err
 }
 
-// pluginOrder is a plugin to make.
-type pluginOrder struct {
-	Name, Command, Type string
-	Force, MustBe       bool // replace the directory if there is one; make nothing if the tool is not there
-}
-
-// createPlugin asks the tool about itself and writes a plugin that allows the forms which worked. written is its settings.json,
-// "" if none was made. No rule decides the asking: the operator named the tool at this machine's own terminal.
-func createPlugin(p paths, o pluginOrder, s *snapshot, run func(context.Context, command) outcome) (found bool, written string, err error) {
-	dir, fresh := filepath.Join(p.plugins, o.Name), filepath.Join(p.plugins, ".new-"+o.Name) // which is never loaded
-	_, err = parsePlugin(o.Name, "plugin create", marshal(map[string]any{
+// createPlugin asks a tool about itself and writes a plugin o of that name, command and type: with force in the place of another, and
+// always, or only if the tool is found. It says whether it was, and gives the settings.json that it wrote ("": none). No rule
+// decides the asking: the operator named the tool at this machine's own terminal.
+func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(context.Context, command) outcome) (bool, string, error) {
+	dir, err := pluginDir(p, o.Name)
+	_, wrong := parsePlugin(o.Name, "plugin create", marshal(map[string]any{
 		"plugin": map[string]string{"type": o.Type, "command": o.Command}, "exec": map[string][]string{"allow": {o.Command}}}))
-	if _, missing := os.Lstat(dir); missing == nil && !o.Force {
-		err = cmp.Or(err, errors.New("the plugin exists already: use --force to replace its directory"))
+	if _, missing := os.Lstat(dir); missing == nil && !force {
+		wrong = cmp.Or(wrong, errors.New("the plugin exists already: use --force to replace its directory"))
 	}
-	if err = cmp.Or(err, checkPluginName(o.Name), checkTrustedDir(p.plugins)); err != nil {
+	if err = cmp.Or(err, wrong, checkTrustedDir(p.plugins)); err != nil {
 		return false, "", err
 	}
 	template, _ := skillFiles.ReadFile("skills/_plugin.md") // it is built in
 	parts := strings.Split(string(template), "\n=====\n")   // SKILL.md, references/usage.md, settings.json, one request
-	rules, requests, said := []string{}, "", [2]string{"(nothing)", "(nothing)"}
+	rules, requests, said, found := []string{}, "", [2]string{"(nothing)", "(nothing)"}, false
 	for i, forms := range [][]string{{"--help", "-h", "help"}, {"--version", "-v", "version"}} {
 		for _, form := range forms {
 			what := approveUnchecked([]string{o.Command, form}, "plugin create")
@@ -364,12 +355,13 @@ func createPlugin(p paths, o pluginOrder, s *snapshot, run func(context.Context,
 			}
 		}
 	}
-	if o.MustBe && !found {
+	if !found && !always {
 		return false, "", nil
 	}
 	fill := strings.NewReplacer("{NAME}", o.Name, "{COMMAND}", o.Command, "{TYPE}", o.Type, "{RULES}", string(marshal(rules)),
 		"{REQUESTS}\n", cmp.Or(requests, "None yet: the operator adds rules to `exec.allow` in this plugin's `settings.json`.\n"),
 		"{HELP}", said[0], "{VERSION}", said[1])
+	fresh := filepath.Join(p.plugins, ".new-"+o.Name) // which is never loaded
 	err = errors.Join(os.RemoveAll(fresh), os.MkdirAll(filepath.Join(fresh, "references"), 0o700))
 	for i, file := range []string{"SKILL.md", "references/usage.md", "settings.json"} {
 		err = errors.Join(err, os.WriteFile(filepath.Join(fresh, file), []byte(fill.Replace(parts[i])), 0o600))
@@ -380,7 +372,7 @@ func createPlugin(p paths, o pluginOrder, s *snapshot, run func(context.Context,
 	return found, fill.Replace(parts[2]), err
 }
 
-// cleanText makes foreign output safe to show in a fenced block, and not too long.
+// cleanText makes foreign output safe to show in a fenced block: no terminal sequences, overstrikes, control characters, no end.
 func cleanText(data []byte) string {
 	text := unsafeText.ReplaceAllString(strings.ToValidUTF8(string(data), "\ufffd"), "")
 	return fmt.Sprintf("%.32000s", strings.TrimSpace(strings.ReplaceAll(text, "```", "'''")))
