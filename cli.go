@@ -545,7 +545,7 @@ func cliPluginMake(t *terminal) error {
 	if name := t.flags["name"]; name != "" {
 		names = []string{name}
 	} else if len(names) == 0 {
-		names = strings.Fields(starterTools)
+		names = starterTools
 	}
 	for _, o.Name = range names {
 		o.Command = cmp.Or(t.flags["command"], o.Name)

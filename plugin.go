@@ -21,14 +21,12 @@ import (
 	"time"
 )
 
-const (
-	// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
-	pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},
-		"exec":{"allow":[],"deny":[]}}`
-	starterTools = "claude codex gemini aider goose hermes openclaw opencode"
-)
+// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
+const pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},
+	"exec":{"allow":[],"deny":[]}}`
 
 var (
+	starterTools        = strings.Fields("claude codex gemini aider goose hermes openclaw opencode")
 	reservedPluginWords = strings.Fields("exec acl plugins skills private ping command aexec ae")
 
 	pluginName    = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`)
@@ -307,16 +305,13 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 	return none, fmt.Errorf("a hook that runs %s answers with one of args (before), result (after) and error", which)
 }
 
-// editPlugin enables, disables or removes a plugin. What is broken would keep the server from starting, and is not enabled.
+// editPlugin enables, disables or removes a plugin.
 func editPlugin(p paths, s *settings, name, action string) error {
 	dir, err := pluginDir(p, name)
 	if info, missing := os.Lstat(dir); err != nil || missing != nil || !info.IsDir() {
 		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
 	}
-	if action == "enable" {
-		_, err = readPlugin(p, name)
-	}
-	if err == nil && (action != "remove" || s.PluginsMode == "explicit" && s.enabled(name)) { // a start would miss what it names
+	if action != "remove" || s.PluginsMode == "explicit" && s.enabled(name) { // a start would miss one that is gone
 		err = editPluginState(p, name, action == "enable")
 	}
 	if err == nil && action == "remove" {
