@@ -527,7 +527,7 @@ func cliPluginEdit(t *terminal) error {
 	if err := editPlugin(t.paths, t.settings, name, action); err != nil {
 		return err
 	}
-	return t.say("plugin %q: %sd, %s", name, action, pick(action == "disable", "at once", "which a running server needs a restart for"))
+	return t.say("plugin %q: %sd, %s", name, action, pick(action == "disable", "at once (a restart unloads it)", "after aexec restart"))
 }
 
 func cliPluginDoctor(t *terminal) error {
