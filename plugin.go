@@ -80,10 +80,9 @@ func loadPlugins(p paths, s *settings) (all, usable, problems []*plugin) {
 		} else if pl.Command != "" && pl.Enabled {
 			owner[pl.Command] = name
 		}
-		if pl.Broken = err != nil; !pl.Broken {
-			_, pl.Description, err = frontmatter(pl.docs["SKILL.md"])
-		}
-		if err != nil {
+		_, description, remark := frontmatter(pl.docs["SKILL.md"])
+		pl.Description, pl.Broken = description, err != nil
+		if err = cmp.Or(err, remark); err != nil {
 			pl.Problem = err.Error()
 		}
 		all = append(all, pl)
@@ -275,8 +274,8 @@ func (p *plugin) runHook(which string, in map[string]any, run func(what approved
 	in["plugin"] = map[string]string{"name": p.Name, "type": p.Type, "command": p.Command, "invoke": p.Invoke}
 	out := run(approveUnchecked([]string{filepath.Join(p.dir, hook)}, p.Rules.Source), marshal(in))
 	if out.end != endExit || !out.exited || out.exitCode != 0 {
-		return hookOutput{}, fmt.Errorf("it ended by %s, exit code %d, signal %q, saying %.1000q", out.end, out.exitCode, out.signal,
-			bytes.Join(out.stderr, nil))
+		said := bytes.Join(out.stderr, nil)
+		return hookOutput{}, fmt.Errorf("it ended by %s, exit code %d, signal %q, saying %.1000q", out.end, out.exitCode, out.signal, said)
 	}
 	return parseHookOutput(bytes.Join(out.stdout, nil), which)
 }
@@ -320,9 +319,8 @@ func editPlugin(p paths, s *settings, name, action string) error {
 	return err
 }
 
-// createPlugin asks a tool about itself and writes a plugin o of that name, command and type: with force in the place of another, and
-// always, or only if the tool is found. It says whether it was, and gives the settings.json that it wrote ("": none). No rule
-// decides the asking: the operator named the tool at this machine's own terminal.
+// createPlugin asks a tool, which the operator named at this machine's own terminal, about itself, and writes the plugin o: always,
+// or only if the tool is found. It says whether it was, and gives the settings.json that it wrote, "" if none.
 func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(context.Context, command) outcome) (bool, string, error) {
 	dir, err := pluginDir(p, o.Name)
 	_, wrong := parsePlugin(o.Name, "plugin create", marshal(map[string]any{
@@ -338,9 +336,8 @@ func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(c
 	rules, requests, said, found := []string{}, "", [2]string{"(nothing)", "(nothing)"}, false
 	for i, forms := range [][]string{{"--help", "-h", "help"}, {"--version", "-v", "version"}} {
 		for _, form := range forms {
-			what := approveUnchecked([]string{o.Command, form}, "plugin create")
-			out := run(context.Background(), command{what: what, env: s.env, pathDirs: s.pathDirs, cwd: "/", noNewPrivs: true,
-				timeout: 3 * time.Second, killGrace: 200 * time.Millisecond, maxBytes: 1 << 20})
+			out := run(context.Background(), command{what: approveUnchecked([]string{o.Command, form}, "plugin create"), env: s.env,
+				pathDirs: s.pathDirs, cwd: "/", noNewPrivs: true, timeout: 3 * time.Second, killGrace: time.Second / 5, maxBytes: 1 << 20})
 			found = found || out.end != endStart
 			text := cleanText(bytes.Join(append(out.stdout, out.stderr...), nil)) // many print their help to standard error
 			if out.end == endExit && out.exited && out.exitCode == 0 && text != "" {
