@@ -261,21 +261,18 @@ func auditDigest(line []byte) string {
 
 // openPlain opens a file never through a link, and never waiting; a new one gets mode 0600. Only a regular file is read back.
 func openPlain(file string, flags int) (*os.File, os.FileInfo, error) {
-	f, err := openTrusted(file, flags)
-	if err != nil {
-		return nil, nil, err
+	f, info, err := openTrusted(file, flags, 0)
+	if err == nil && flags == os.O_RDONLY && !info.Mode().IsRegular() {
+		f.Close()
+		return nil, nil, fmt.Errorf("%q is not a regular file: name another", file)
 	}
-	info, err := f.Stat()
-	if err == nil && (flags != os.O_RDONLY || info.Mode().IsRegular()) {
-		return f, info, nil
-	}
-	f.Close()
-	return nil, nil, cmp.Or(err, fmt.Errorf("%q is not a regular file: name another", file))
+	return f, info, err
 }
 
 // openAppend opens a file for append: the server's own log.
 func openAppend(file string) (*os.File, error) {
-	return openTrusted(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE)
+	f, _, err := openTrusted(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0)
+	return f, err
 }
 
 // auditLine is one line that was read back, whoever wrote it.

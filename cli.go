@@ -215,8 +215,7 @@ func (t *terminal) parse(c cliCommand, args []string) error {
 	t.flags = map[string]string{}
 	set.Visit(func(f *flag.Flag) { t.flags[f.Name] = f.Value.String() })
 	host := cmp.Or(t.flags["host"], pick(t.on("public"), "0.0.0.0", ""))
-	port, _ := strconv.Atoi(t.flags["port"]) // package flag has seen to it that it is a number
-	t.from = startupFlags{key: handedKey(), host: host, port: port, portSet: t.flags["port"] != ""}
+	t.from = startupFlags{key: handedKey(), host: host, port: t.flags["port"]}
 	return nil
 }
 
@@ -350,22 +349,12 @@ func problemText(p *plugin) string {
 }
 
 func cliConfig(t *terminal) error {
-	files, settings := configFiles(t.paths), []settingInfo{}
-	if s := t.start; t.startErr == nil {
-		settings = []settingInfo{{"API_KEY", s.key.id(), false}, {"HOST", s.host, false}, {"PORT", s.port, false},
-			{"AGENT_EXEC_ENABLED", s.enabled, false}, {"AGENT_EXEC_ALLOW_QUERY_API_KEY", s.allowQueryKey, false}}
-	}
-	if t.settings != nil {
-		settings = append(settings, t.settings.table()...)
-	}
-	lines := each(files, func(f fileInfo) string {
-		return fmt.Sprintf("%q\t%s", f.Path, f.State)
+	rows := configTable(t.paths, t.start, t.settings)
+	lines := each(rows, func(r configRow) string {
+		value, _ := json.Marshal(r.Value) // came from JSON
+		return fmt.Sprintf("%s\t%s\t%s", pick(r.Change == "", strconv.Quote(r.Name), r.Name), value, r.Change)
 	})
-	lines = append(lines, each(settings, func(row settingInfo) string {
-		value, _ := json.Marshal(row.Value) // came from JSON
-		return fmt.Sprintf("%s\t%s\t%s", row.Key, value, pick(row.Reloads, "reloads", "needs a restart"))
-	})...)
-	return errors.Join(t.settingsErr, t.show(false, 0, map[string]any{"files": files, "settings": settings}, strings.Join(lines, "\n")))
+	return errors.Join(t.settingsErr, t.show(false, 0, rows, strings.Join(lines, "\n")))
 }
 
 // ---- handing out access

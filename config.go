@@ -8,6 +8,7 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
+	"embed"
 	"errors"
 	"fmt"
 	"io"
@@ -33,41 +34,39 @@ const (
 	defaultPath    = "/usr/local/bin:/usr/bin:/bin" // of commands, when the server has no usable PATH
 	redactedKey    = "[API_KEY]"
 	settleTime     = 100 * time.Millisecond // longer than a tick of a file system's clock: a younger file may change again unseen
-	retryTime      = time.Second            // unusable settings are tried again this often though the file has not changed
 )
 
-// defaultEnv is what setup writes, with a key.
-const defaultEnv = `# Start-up values of aexec. A change takes effect with: aexec restart
-API_KEY=[API_KEY]
-HOST=127.0.0.1
-PORT=3333
-AGENT_EXEC_ENABLED=true
-AGENT_EXEC_ALLOW_QUERY_API_KEY=false
-`
+// What openTrusted refuses of a mode: that others write, or that they do anything.
+const guarded, private fs.FileMode = 0o022, 0o077
+
+//go:embed skills/_settings.json skills/_env.txt
+var defaultFiles embed.FS
+
+func defaultText(name string) string {
+	text, _ := defaultFiles.ReadFile("skills/" + name) // embedded, so there is no error
+	return string(text)
+}
 
 // apiKey is the shared secret. It prints as [API_KEY] whatever the verb. The pointer is for where fmt may not call methods
 // (an unexported field): there a wrong verb would show a plain struct.
 type apiKey struct{ *keySecret }
 
-type keySecret struct {
-	text   string
-	digest [sha256.Size]byte
-}
+type keySecret struct{ text string }
 
 func newAPIKey(text string) (*apiKey, error) {
 	if len(text) < minKeyChars || len(text) > maxKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
 		return nil, fmt.Errorf("the API_KEY needs %d to %d printable ASCII characters, no spaces: run aexec key rotate", minKeyChars, maxKeyChars)
 	}
-	return &apiKey{&keySecret{text, sha256.Sum256([]byte(text))}}, nil
+	return &apiKey{&keySecret{text}}, nil
 }
 
 // matches compares digests in constant time, so that neither content nor length shows.
 func (k *apiKey) matches(candidate string) bool {
-	sum := sha256.Sum256([]byte(candidate))
-	return subtle.ConstantTimeCompare(sum[:], k.digest[:]) == 1
+	his, ours := sha256.Sum256([]byte(candidate)), sha256.Sum256([]byte(k.text))
+	return subtle.ConstantTimeCompare(his[:], ours[:]) == 1
 }
 
-func (k *apiKey) id() string                { return fmt.Sprintf("sha256:%x", k.digest[:6]) }
+func (k *apiKey) id() string                { return fmt.Sprintf("sha256:%.6x", sha256.Sum256([]byte(k.text))) }
 func (k *apiKey) redact(s string) string    { return strings.ReplaceAll(s, k.text, redactedKey) }
 func (k apiKey) Format(f fmt.State, _ rune) { io.WriteString(f, redactedKey) }
 
@@ -103,13 +102,9 @@ type startup struct {
 	enabled, allowQueryKey bool
 }
 
-// startupFlags are the command line's own; zero values mean not given. The key was handed over on a descriptor by the process
-// that had it in its environment.
-type startupFlags struct {
-	key, host string
-	port      int
-	portSet   bool
-}
+// startupFlags are the command line's own, "" if not given. The key was handed over on a descriptor by the process that had it in
+// its environment.
+type startupFlags struct{ key, host, port string }
 
 // environWithoutKey is this process's environment, for another aexec.
 func environWithoutKey() []string {
@@ -124,22 +119,19 @@ func takeEnv(name string) string {
 
 func loadStartup(p paths, f startupFlags) (startup, error) {
 	file, err := readEnvFile(p)
-	if err != nil {
-		return startup{}, err
-	}
 	value := func(name, flag string) string { return cmp.Or(flag, os.Getenv(name), file[name]) }
-	portText, keyText := cmp.Or(value("PORT", ""), "3333"), value("API_KEY", f.key)
-	if f.portSet {
-		portText = strconv.Itoa(f.port)
+	portText, keyText := cmp.Or(value("PORT", f.port), "3333"), value("API_KEY", f.key)
+	port, portErr := strconv.ParseUint(portText, 10, 16)
+	switch {
+	case err != nil:
+	case portErr != nil:
+		err = fmt.Errorf("PORT is %q, and not a number from 0 to 65535: look at the flags, the environment and %s", portText, p.env)
+	case keyText == "":
+		err = fmt.Errorf("there is no API_KEY in the environment or in %s: run aexec setup", p.env)
+	default:
+		err = checkTrustedDir(p.dir)
 	}
-	port, err := strconv.ParseUint(portText, 10, 16)
 	if err != nil {
-		return startup{}, fmt.Errorf("PORT is %q, and not a number from 0 to 65535: look at the flags, the environment and %s", portText, p.env)
-	}
-	if keyText == "" {
-		return startup{}, fmt.Errorf("there is no API_KEY in the environment or in %s: run aexec setup", p.env)
-	}
-	if err := checkTrustedDir(p.dir); err != nil {
 		return startup{}, err
 	}
 	key, err := newAPIKey(keyText)
@@ -160,7 +152,7 @@ var (
 
 // readEnvFile reads .env; a missing one is empty, for the environment may have it all. No error quotes a value: it may be the key.
 func readEnvFile(p paths) (map[string]string, error) {
-	data, err := readTrusted(p.env, true)
+	data, err := readTrusted(p.env, private)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, err
 	}
@@ -178,20 +170,16 @@ func readEnvFile(p paths) (map[string]string, error) {
 	return values, nil
 }
 
-// newKeyText is 256 random bits.
-func newKeyText() string {
-	random := make([]byte, 32)
-	rand.Read(random) // never fails: it ends the process instead
-	return fmt.Sprintf("%x", random)
-}
+// newKeyLine has more than 256 random bits.
+func newKeyLine() string { return "API_KEY=" + rand.Text() + rand.Text() }
 
 // rotateKey puts a new key into .env and keeps the rest; a crash leaves the old or the new.
 func rotateKey(p paths) error {
-	data, err := readTrusted(p.env, true)
+	data, err := readTrusted(p.env, private)
 	if err != nil {
 		return orSetup(err)
 	}
-	line := "API_KEY=" + newKeyText()
+	line := newKeyLine()
 	text := keyLine.ReplaceAllString(string(data), "${1}"+line)
 	if !keyLine.Match(data) {
 		text = line + "\n" + text
@@ -201,29 +189,31 @@ func rotateKey(p paths) error {
 
 // createConfig makes what is missing of the directory, keeps what is there, and says which is which.
 func createConfig(p paths) (made, kept []string, err error) {
-	env := strings.Replace(defaultEnv, redactedKey, newKeyText(), 1)
-	policy := strings.Replace(defaultSettings, `"allow": []`, `"allow": ["aexec --version"]`, 1)
-	for _, step := range []struct{ path, text string }{{p.dir, ""}, {p.plugins, ""}, {p.settings, policy}, {p.env, env}} {
-		if _, err := os.Lstat(step.path); err == nil {
-			kept = append(kept, step.path)
+	texts := map[string]string{
+		p.settings: strings.Replace(defaultSettings, `"allow": []`, `"allow": ["aexec --version"]`, 1),
+		p.env:      strings.Replace(defaultText("_env.txt"), "API_KEY="+redactedKey, newKeyLine(), 1),
+	}
+	for _, path := range []string{p.dir, p.plugins, p.settings, p.env} {
+		if _, err := os.Lstat(path); err == nil {
+			kept = append(kept, path)
 			continue
 		}
-		if step.text == "" {
-			err = os.MkdirAll(step.path, 0o700)
+		if texts[path] == "" {
+			err = os.MkdirAll(path, 0o700)
 		} else if err = checkTrustedDir(p.dir); err == nil { // no key where others can write
-			err = rewriteFile(step.path, []byte(step.text), 0o600)
+			err = rewriteFile(path, []byte(texts[path]), 0o600)
 		}
 		if err != nil {
 			return made, kept, err
 		}
-		made = append(made, step.path)
+		made = append(made, path)
 	}
 	return made, kept, nil
 }
 
 // buildEnvironment makes the environment of commands, and the directories of the server's PATH. Relative directories are dropped.
 func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
-	keep := append([]string{"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR"}, s.Exec.EnvKeep...)
+	keep := append([]string{"PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_*", "TZ", "TMPDIR"}, s.EnvKeep...)
 	vars := map[string]string{}
 	for _, variable := range os.Environ() {
 		name, value, _ := strings.Cut(variable, "=")
@@ -237,7 +227,7 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 	if cred != nil {
 		vars["HOME"], vars["USER"], vars["LOGNAME"], vars["SHELL"] = cred.Home, cred.Name, cred.Name, cred.Shell
 	}
-	maps.Copy(vars, s.Exec.EnvSet)
+	maps.Copy(vars, s.EnvSet)
 	maps.DeleteFunc(vars, func(name, _ string) bool { return name == "API_KEY" || strings.HasPrefix(name, "AGENT_EXEC_") })
 	for _, name := range slices.Sorted(maps.Keys(vars)) {
 		env = append(env, name+"="+vars[name])
@@ -262,16 +252,13 @@ func lookupCredential(name string) (*credential, error) {
 		return nil, err
 	}
 	groups, err := u.GroupIds()
-	if err != nil {
-		return nil, err
-	}
 	var ids []uint32
 	for _, text := range append([]string{u.Uid, u.Gid}, groups...) {
-		id, err := strconv.ParseUint(text, 10, 32)
-		if err != nil {
-			return nil, err
-		}
-		ids = append(ids, uint32(id))
+		id, idErr := strconv.ParseUint(text, 10, 32)
+		err, ids = cmp.Or(err, idErr), append(ids, uint32(id))
+	}
+	if err != nil {
+		return nil, err
 	}
 	c := &credential{ids[0], ids[1], ids[2:], u.Username, u.HomeDir, "/bin/sh"}
 	passwd, _ := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
@@ -281,46 +268,47 @@ func lookupCredential(name string) (*credential, error) {
 	return c, nil
 }
 
-// openTrusted opens a file (one that the flags create is private): never through a link, never waiting (a FIFO), never taking a terminal.
-func openTrusted(path string, flags int) (*os.File, error) {
-	f, err := os.OpenFile(path, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY|syscall.O_CLOEXEC, 0o600)
+// openTrusted opens a file (one that the flags create is private): never through a link, never waiting (a FIFO), never taking a
+// terminal. If it refuses any mode bits, it holds what is open to strict modes: a regular file or, with O_DIRECTORY, a directory, that
+// belongs to this user or root and has none of these bits.
+func openTrusted(path string, flags int, refused fs.FileMode) (*os.File, fs.FileInfo, error) {
+	f, err := os.OpenFile(path, flags|syscall.O_NOFOLLOW|syscall.O_NONBLOCK|syscall.O_NOCTTY, 0o600)
 	if info, e := os.Lstat(path); err != nil && e == nil && info.Mode()&fs.ModeSymlink != 0 {
-		return nil, fmt.Errorf("%s is a symbolic link: put the real thing in its place", path)
+		return nil, nil, fmt.Errorf("%s is a symbolic link: put the real thing in its place", path)
+	} else if err != nil {
+		return nil, nil, err
 	}
-	return f, err
+	info, err := f.Stat()
+	if err == nil && refused != 0 {
+		err = checkModes(path, info, flags&syscall.O_DIRECTORY != 0, refused)
+	}
+	if err != nil {
+		f.Close()
+		return nil, nil, err
+	}
+	return f, info, nil
 }
 
-// checkTrusted holds what is open to strict modes: a file or directory of this user or root, without write access for others,
-// or (private) any access.
-func checkTrusted(f *os.File, kind fs.FileMode, private bool) error {
-	info, err := f.Stat()
-	if err != nil {
-		return err
+func checkModes(path string, info fs.FileInfo, dir bool, refused fs.FileMode) error {
+	uid, euid, chmod := int(info.Sys().(*syscall.Stat_t).Uid), os.Geteuid(), "go-w"
+	if refused == private {
+		chmod = "600"
 	}
-	refused, chmod := fs.FileMode(0o022), "go-w"
-	if private {
-		refused, chmod = 0o077, "600"
-	}
-	switch uid, euid := int(info.Sys().(*syscall.Stat_t).Uid), os.Geteuid(); {
-	case info.Mode().Type() != kind:
-		return fmt.Errorf("%s is not a regular file", f.Name())
+	switch {
+	case !dir && !info.Mode().IsRegular():
+		return fmt.Errorf("%s is not a regular file", path)
 	case uid != euid && uid != 0:
-		return fmt.Errorf("%s belongs to uid %d, and must belong to uid %d or root: run chown %d %q", f.Name(), uid, euid, euid, f.Name())
+		return fmt.Errorf("%s belongs to uid %d, and must belong to uid %d or root: run chown %d %q", path, uid, euid, euid, path)
 	case info.Mode()&refused != 0:
-		return fmt.Errorf("%s has mode %04o, which lets others than its owner in: run chmod %s %q", f.Name(), info.Mode().Perm(), chmod, f.Name())
+		return fmt.Errorf("%s has mode %04o, which lets others than its owner in: run chmod %s %q", path, info.Mode().Perm(), chmod, path)
 	}
 	return nil
 }
 
-func checkTrustedFile(f *os.File, private bool) error { return checkTrusted(f, 0, private) }
-
 func checkTrustedDir(path string) error {
-	f, err := openTrusted(path, syscall.O_DIRECTORY)
-	if err != nil {
-		return orSetup(err)
-	}
-	defer f.Close()
-	return checkTrusted(f, fs.ModeDir, false)
+	f, _, err := openTrusted(path, syscall.O_DIRECTORY, guarded)
+	f.Close() // nil can be closed, too
+	return orSetup(err)
 }
 
 // orSetup says what makes a file that is not there.
@@ -331,22 +319,18 @@ func orSetup(err error) error {
 	return err
 }
 
-// readTrusted reads a regular file under 1 MiB under strict modes, checked on the opened descriptor.
-func readTrusted(path string, private bool) ([]byte, error) {
-	f, err := openTrusted(path, 0)
+// readTrusted reads a regular file under 1 MiB under strict modes.
+func readTrusted(path string, refused fs.FileMode) ([]byte, error) {
+	f, before, err := openTrusted(path, 0, refused)
 	if err != nil {
 		return nil, err
 	}
 	defer f.Close()
-	if err := checkTrustedFile(f, private); err != nil {
-		return nil, err
-	}
-	before, beforeErr := f.Stat()
 	data, err := io.ReadAll(io.LimitReader(f, maxConfigBytes))
-	after, afterErr := f.Stat()
-	switch err := errors.Join(beforeErr, err, afterErr); {
-	case err != nil:
-		return nil, err
+	after, statErr := f.Stat()
+	switch {
+	case err != nil || statErr != nil:
+		return nil, cmp.Or(err, statErr)
 	case len(data) == maxConfigBytes:
 		return nil, fmt.Errorf("%s is larger than a configuration file may be (%d bytes)", path, maxConfigBytes-1)
 	case before.Size() != after.Size() || !before.ModTime().Equal(after.ModTime()): // a rename over it moves the ctime alone
@@ -362,18 +346,14 @@ type fileVersion struct {
 	mode          fs.FileMode
 }
 
-func versionOf(info fs.FileInfo) fileVersion {
+// versionOf takes what a stat gave. It is the zero version if nothing is there.
+func versionOf(info fs.FileInfo, err error) fileVersion {
+	if err != nil {
+		return fileVersion{}
+	}
 	st := info.Sys().(*syscall.Stat_t)
 	sec, nsec := statChangeTime(st)
 	return fileVersion{uint64(st.Dev), st.Ino, info.Size(), sec*1e9 + nsec, info.Mode()}
-}
-
-// versionAt is the zero version if nothing is there.
-func versionAt(path string) fileVersion {
-	if info, err := os.Lstat(path); err == nil {
-		return versionOf(info)
-	}
-	return fileVersion{}
 }
 
 // rewriteFile replaces a file at once (temporary file, fsync, rename), so that a crash leaves the old or the new.
@@ -390,48 +370,64 @@ func rewriteFile(path string, data []byte, mode fs.FileMode) error {
 	return os.Rename(f.Name(), path)
 }
 
-// fileInfo is one file of `aexec config`: its state is its mode, or that it is missing.
-type fileInfo struct {
-	Path  string `json:"path"`
-	State string `json:"state"`
+// configRow is one file (its state is its mode, or that it is missing) or one setting of `aexec config`.
+type configRow struct {
+	Name   string `json:"name"`
+	Value  any    `json:"value"`
+	Change string `json:"change,omitempty"` // how a change of a setting comes into force
 }
 
-func configFiles(p paths) (files []fileInfo) {
+// configTable is what there is: the key is nil if there are no start-up values, and settings if they cannot be read.
+func configTable(p paths, start startup, s *settings) (rows []configRow) {
 	for _, path := range []string{p.dir, p.env, p.settings, p.plugins, p.audit, p.log, p.pid} {
 		state := "missing"
 		if info, err := os.Lstat(path); err == nil {
 			state = info.Mode().String()
 		}
-		files = append(files, fileInfo{path, state})
+		rows = append(rows, configRow{path, state, ""})
 	}
-	return files
+	const reloads, waits = "reloads", "needs a restart"
+	if start.key != nil {
+		rows = append(rows, configRow{"API_KEY", start.key.id(), waits}, configRow{"HOST", start.host, waits}, configRow{"PORT", start.port, waits},
+			configRow{"AGENT_EXEC_ENABLED", start.enabled, waits}, configRow{"AGENT_EXEC_ALLOW_QUERY_API_KEY", start.allowQueryKey, waits})
+	}
+	if s == nil {
+		return rows
+	}
+	for _, key := range slices.Sorted(maps.Keys(s.source.nodes)) {
+		rows = append(rows, configRow{key, s.source.nodes[key].plain(), pick(slices.Contains(restartOnly, key), waits, reloads)})
+	}
+	return rows
 }
 
 // loadSettings reads settings.json alone; the policy, the user and the working directory are not tried.
 func loadSettings(p paths) (*settings, error) {
-	data, err := readTrusted(p.settings, false)
+	data, err := readTrusted(p.settings, guarded)
 	if err != nil {
 		return nil, orSetup(err)
 	}
 	return parseSettings(p, data)
 }
 
-// restartValues reads from disk everything of .env and settings.json that only a restart brings into force, as printable
-// values by name ("API_KEY" is the key's id). The server publishes them at start; comparing tells what needs a restart.
-func restartValues(p paths) (map[string]string, error) {
-	values, err := readEnvFile(p)
-	if err != nil {
+// restartState is everything on disk that only a restart brings into force: a digest of each by its name. The server publishes what
+// it was at start; comparing tells what waits for a restart.
+func restartState(p paths) (map[string]string, error) {
+	state, err := readEnvFile(p)
+	s, settingsErr := loadSettings(p)
+	if err = cmp.Or(err, settingsErr); err != nil {
 		return nil, err
 	}
-	s, err := loadSettings(p)
-	if err != nil {
-		return nil, err
+	for _, key := range restartOnly {
+		state[key] = fmt.Sprint(s.source.nodes[key].plain())
 	}
-	values["API_KEY"] = (&apiKey{&keySecret{digest: sha256.Sum256([]byte(values["API_KEY"]))}}).id()
-	for _, name := range restartOnly {
-		values[name] = fmt.Sprint(s.source.nodes[name].plain())
+	plugins, _, _ := loadPlugins(p, &settings{}) // as if all were enabled
+	for _, pl := range plugins {
+		state[pluginSource+pl.Name] = fmt.Sprint(*pl)
 	}
-	return values, nil
+	for name, value := range state {
+		state[name] = fmt.Sprintf("%.8x", sha256.Sum256([]byte(value)))
+	}
+	return state, nil
 }
 
 // snapshot is one consistent state of everything that reloads; a request is decided and run under one snapshot.
@@ -445,28 +441,53 @@ type snapshot struct {
 	cred     *credential // nil: the server's own user
 }
 
+// newSnapshot compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests, where a
+// string is split on single spaces.
 func newSnapshot(p paths, data []byte, plugins []ruleSet) (*snapshot, error) {
 	set, err := parseSettings(p, data)
 	if err != nil {
 		return nil, err
 	}
-	s, r := &snapshot{settings: *set, cwd: set.Exec.Cwd}, set.source
-	if s.cwd == "" {
-		if s.cwd, err = os.Getwd(); err != nil {
-			return nil, fmt.Errorf("the working directory is gone (%w): set exec.cwd or start elsewhere", err)
-		}
-	} else if info, err := os.Stat(s.cwd); err != nil || !info.IsDir() {
-		return nil, r.fail(r.nodes["exec.cwd"].start, "exec.cwd", "%q is not a directory that this user can reach", s.cwd)
+	here, _ := os.Getwd() // "" if it is gone
+	s, r := &snapshot{settings: *set, cwd: cmp.Or(set.Cwd, here)}, set.source
+	if info, err := os.Stat(s.cwd); err != nil || !info.IsDir() {
+		r.fail(r.nodes["exec.cwd"], "exec.cwd", "%q is not a directory that this user can reach", s.cwd)
 	}
-	if name := set.Exec.User; name != "" {
-		if s.cred, err = lookupCredential(name); err != nil {
-			return nil, r.fail(r.nodes["exec.user"].start, "exec.user", "%v", err)
+	if set.User != "" {
+		if s.cred, err = lookupCredential(set.User); err != nil {
+			r.fail(r.nodes["exec.user"], "exec.user", "%v", err)
 		}
 	}
 	s.env, s.pathDirs = buildEnvironment(set, s.cred)
 	s.hookEnv, _ = buildEnvironment(set, nil)
-	if s.policy, err = compileSettings(set, plugins); err != nil {
+	sets := []ruleSet{{Source: "settings.json", Allow: set.Allow, Deny: set.Deny}}
+	for _, plugin := range plugins {
+		if !set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) {
+			sets = append(sets, plugin)
+		}
+	}
+	s.policy, err = compilePolicy(sets)
+	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == sets[0].Source {
+		key := "exec." + bad.List
+		r.fail(r.nodes[key].items[bad.Index], key, "rule %q: %v", bad.Rule, bad.Err)
+	}
+	if err = cmp.Or(r.err, err); err != nil {
 		return nil, err
+	}
+	tests := func(key string, commands []ruleSpec, allowed bool) {
+		for i, c := range commands {
+			if c.Argv == nil {
+				c.Argv = strings.Split(c.Text, " ")
+			}
+			if _, d := s.policy.decide(c.Argv); d.Allowed != allowed {
+				r.fail(r.nodes[key].items[i], key, "%q is decided otherwise: %s", c.Argv, d.why())
+			}
+		}
+	}
+	tests("exec.tests.allowed", set.TestsAllowed, true)
+	tests("exec.tests.refused", set.TestsRefused, false)
+	if r.err != nil {
+		return nil, r.err
 	}
 	return s, nil
 }
@@ -477,7 +498,6 @@ type store struct {
 	plugins  []ruleSet
 	mu       sync.Mutex // while one reads, the others wait, for they need the result
 	version  fileVersion
-	tried    time.Time
 	snapshot *snapshot
 	err      error
 }
@@ -490,29 +510,26 @@ func openStore(p paths, plugins []ruleSet) (*store, error) {
 }
 
 // current stats settings.json and gives the snapshot in force, or the error that makes it unusable (naming file, line, column): then
-// nothing is allowed. A change of either is news, to exactly one caller.
+// nothing is allowed, and as the reason may lie outside of the file, it is read each time. A change of either is news, to exactly
+// one caller.
 func (s *store) current() (snap *snapshot, news bool, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.holds() {
-		return s.snapshot, false, s.err
+	version := versionOf(os.Lstat(s.p.settings)) // first: a change from here on makes another
+	if s.snapshot != nil && s.version == version {
+		return s.snapshot, false, nil
 	}
 	old, oldErr := s.snapshot, s.err
-	s.version, s.tried = versionAt(s.p.settings), time.Now() // first: a change from here on is one that holds notices
-	data, err := readTrusted(s.p.settings, false)
+	if s.version = version; time.Now().UnixNano()-version.changed < int64(settleTime) {
+		s.version.changed = 0 // so young that its times might not tell a further change: it is read again
+	}
+	data, err := readTrusted(s.p.settings, guarded)
 	if s.err = cmp.Or(checkTrustedDir(s.p.dir), err); s.err != nil {
 		s.snapshot = nil
-	} else if s.snapshot == nil || s.snapshot.source.data != string(data) { // a file that says the same makes no new snapshot
+	} else if s.snapshot == nil || s.snapshot.source.text != string(data) { // a file that says the same makes no new snapshot
 		s.snapshot, s.err = newSnapshot(s.p, data, s.plugins)
 	}
 	return s.snapshot, s.snapshot != old || fmt.Sprint(s.err) != fmt.Sprint(oldErr), s.err
-}
-
-// holds says whether the file is still as it was read. A file changed so lately that its times might not tell a further change is read
-// again; so is, after a while, one that was in error: the reason may lie outside of it, or have gone since.
-func (s *store) holds() bool {
-	settled := s.tried.UnixNano()-s.version.changed > int64(settleTime)
-	return settled && s.version == versionAt(s.p.settings) && (s.err == nil || time.Since(s.tried) < retryTime)
 }
 
 // editRules adds or removes one rule of exec.allow or exec.deny in place. What would not load is not written.
@@ -521,7 +538,7 @@ func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleS
 	if err != nil {
 		return err
 	}
-	text := editList(s.source.data, "exec."+list, rule, remove)
+	text := editList(s.source.text, "exec."+list, rule, remove)
 	if _, err := newSnapshot(p, []byte(text), plugins); err != nil {
 		return err
 	}
@@ -534,7 +551,7 @@ func editPluginState(p paths, name string, enable bool) error {
 	if err != nil {
 		return err
 	}
-	text := editList(s.source.data, "plugins.disabled", name, enable)
+	text := editList(s.source.text, "plugins.disabled", name, enable)
 	if enable && s.PluginsMode == "explicit" {
 		text = editList(text, "plugins.enabled", name, false)
 	}
@@ -543,8 +560,8 @@ func editPluginState(p paths, name string, enable bool) error {
 
 // replace puts another text, in which the key is edited, in the place of settings.json.
 func (s *settings) replace(p paths, key, text string) error {
-	if text == s.source.data {
+	if text == s.source.text {
 		return fmt.Errorf("there is nothing to change in %s of %s", key, p.settings)
 	}
-	return rewriteFile(p.settings, []byte(text), versionAt(p.settings).mode.Perm())
+	return rewriteFile(p.settings, []byte(text), versionOf(os.Lstat(p.settings)).mode.Perm())
 }

@@ -191,8 +191,8 @@ func TestStartupPrecedence(t *testing.T) {
 	check(load("HOST=\nPORT=\nAPI_KEY="+file, startupFlags{}), file, false, "127.0.0.1", 3333, false, false)
 	check(load(full, startupFlags{}), file, false, "::1", 81, true, true)
 	check(load(full, startupFlags{}, "HOST=10.0.0.1", "PORT=82", "AGENT_EXEC_ENABLED=yes", "AGENT_EXEC_ALLOW_QUERY_API_KEY=1", "API_KEY="+env), env, true, "10.0.0.1", 82, false, false)
-	check(load(full, startupFlags{host: "0.0.0.0", port: 0, portSet: true}, "HOST=10.0.0.1", "PORT=82"), file, false, "0.0.0.0", 0, true, true)
-	check(load(full, startupFlags{port: 99}), file, false, "::1", 81, true, true)
+	check(load(full, startupFlags{host: "0.0.0.0", port: "0"}, "HOST=10.0.0.1", "PORT=82"), file, false, "0.0.0.0", 0, true, true)
+	check(load(full, startupFlags{port: "99"}), file, false, "::1", 99, true, true)
 	check(load(full, startupFlags{key: flag}, "API_KEY="+env), flag, false, "::1", 81, true, true)
 	if err := os.Remove(p.env); err != nil {
 		t.Fatal(err)
@@ -251,7 +251,7 @@ func TestCreateConfig(t *testing.T) {
 		t.Errorf("something else is left: %v, %v", entries, err)
 	}
 	s, err := loadStartup(p, startupFlags{})
-	if err != nil || !s.enabled || len(s.key.text) != 64 || s.host != "127.0.0.1" || s.port != 3333 || s.allowQueryKey {
+	if err != nil || !s.enabled || len(s.key.text) != 52 || s.host != "127.0.0.1" || s.port != 3333 || s.allowQueryKey {
 		t.Errorf("made %+v with a key of %d characters, %v", s, len(s.key.text), err)
 	}
 	env := configRead(t, p.env)
@@ -293,7 +293,7 @@ func TestRotateKey(t *testing.T) {
 			t.Fatal(err)
 		}
 		s, err := loadStartup(p, startupFlags{})
-		if err != nil || len(s.key.text) != 64 {
+		if err != nil || len(s.key.text) != 52 {
 			t.Fatalf("%q: %v", before, err)
 		}
 		if got := configRead(t, p.env); got != fmt.Sprintf(after, s.key.text) {
@@ -336,7 +336,7 @@ func TestRotateIsAtomic(t *testing.T) {
 	}()
 	for {
 		s, err := loadStartup(p, startupFlags{})
-		if err != nil || len(s.key.text) != 64 {
+		if err != nil || len(s.key.text) != 52 {
 			t.Errorf("a key in between: %v", err)
 		}
 		select {
@@ -403,8 +403,8 @@ func TestTrust(t *testing.T) {
 			}
 			t.Fatal(err)
 		}
-		_, fileErr := readTrusted(path, false)
-		_, privateErr := readTrusted(path, true)
+		_, fileErr := readTrusted(path, guarded)
+		_, privateErr := readTrusted(path, private)
 		dirErr := checkTrustedDir(path)
 		fmt.Fprintf(&out, "%s\n", c.name)
 		for kind, err := range map[string]error{"file": fileErr, "private": privateErr, "dir": dirErr} {
@@ -422,7 +422,7 @@ func TestTrust(t *testing.T) {
 }
 
 func TestTrustedDevice(t *testing.T) {
-	if _, err := readTrusted("/dev/zero", false); err == nil || !strings.Contains(err.Error(), "not a regular file") {
+	if _, err := readTrusted("/dev/zero", guarded); err == nil || !strings.Contains(err.Error(), "not a regular file") {
 		t.Errorf("/dev/zero: %v", err)
 	}
 }

@@ -41,14 +41,14 @@ type serverInfo struct {
 // holdPidFile opens the pid file and takes its lock, for the life of the process: nothing else in this process may open it,
 // as closing any descriptor of it drops the lock (fcntl_locking(2)). It gives nil where there is no such file and none can be made.
 func holdPidFile(p paths) (*os.File, error) {
-	f, err := openTrusted(p.pid, os.O_RDWR|os.O_CREATE)
+	f, _, err := openTrusted(p.pid, os.O_RDWR|os.O_CREATE, private)
 	if _, missing := os.Lstat(p.pid); err != nil && missing != nil {
 		return nil, nil
 	} else if err != nil {
 		return nil, err
 	}
 	mine, err := lockFile(f)
-	if err = cmp.Or(checkTrustedFile(f, true), err); err == nil && mine {
+	if err == nil && mine {
 		return f, f.Truncate(0) // what an earlier server wrote is not true of this one
 	}
 	f.Close()
@@ -58,7 +58,7 @@ func holdPidFile(p paths) (*os.File, error) {
 // findServer asks the kernel who holds the lock (nobody: not running), and takes the file's content only if it agrees with
 // that. The server itself must not call it.
 func findServer(p paths) (info serverInfo, running bool, err error) {
-	f, err := openTrusted(p.pid, 0)
+	f, _, err := openTrusted(p.pid, 0, private)
 	if errors.Is(err, os.ErrNotExist) {
 		return info, false, nil
 	} else if err != nil {
@@ -66,7 +66,7 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 	}
 	defer f.Close()
 	pid, held, err := lockHolder(f)
-	if err = errors.Join(checkTrustedFile(f, true), err); err != nil || !held {
+	if err != nil || !held {
 		return info, false, err
 	}
 	if json.NewDecoder(f).Decode(&info) != nil || info.Pid != pid {
@@ -91,8 +91,8 @@ func (t *terminal) startBackground() error {
 	defer ours.Close()
 	self, _ := os.Executable()                                                     // "" cannot be started
 	argv := []string{os.Args[0], "start", "-f", "--json", "--host=" + t.from.host} // "": not given
-	if t.from.portSet {
-		argv = append(argv, "--port="+t.flags["port"])
+	if t.from.port != "" {
+		argv = append(argv, "--port="+t.from.port)
 	}
 	child, err := os.StartProcess(self, argv, &os.ProcAttr{
 		Files: []*os.File{nil, theirs, output}, Sys: &syscall.SysProcAttr{Setsid: true}, // for nil, Go opens /dev/null
@@ -217,12 +217,13 @@ func (t *terminal) started(info serverInfo) error {
 }
 
 func cliStop(t *terminal) error {
-	if !t.from.portSet {
+	if t.from.port == "" {
 		return t.stop()
 	} else if !t.on("force") {
 		return usageError("--port kills whatever listens there: it takes --force as well")
 	}
-	return t.freePort(t.from.port)
+	port, _ := strconv.Atoi(t.from.port) // package flag has seen to it that it is a number
+	return t.freePort(port)
 }
 
 // stop ends the server, and returns when it is gone.

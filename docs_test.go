@@ -397,18 +397,21 @@ func TestReadmeSettings(t *testing.T) {
 	for _, row := range docsTable(t, docsRead(t, "README.md"), "setting", "default", "reloads", "meaning") {
 		documented[strings.Trim(row[0], "`")] = row
 	}
-	for _, info := range s.table() {
-		row := documented[info.Key]
-		delete(documented, info.Key)
+	for _, info := range configTable(paths{}, startup{}, s) {
+		if info.Change == "" {
+			continue // a file
+		}
+		row := documented[info.Name]
+		delete(documented, info.Name)
 		if row == nil {
-			t.Errorf("%s is missing", info.Key)
+			t.Errorf("%s is missing", info.Name)
 			continue
 		}
-		if (row[2] == "yes") != info.Reloads {
-			t.Errorf("%s: reloads is %q in the table, and %v in fact", info.Key, row[2], info.Reloads)
+		if (row[2] == "yes") != (info.Change == "reloads") {
+			t.Errorf("%s: reloads is %q in the table, and %q in fact", info.Name, row[2], info.Change)
 		}
-		if value, err := json.Marshal(info.Value); err != nil || strings.Trim(row[1], "`") != string(value) && string(value) != `""` && info.Key != "exec.allow" {
-			t.Errorf("%s: the default is %s in the table, and %s in fact", info.Key, row[1], value)
+		if value, err := json.Marshal(info.Value); err != nil || strings.Trim(row[1], "`") != string(value) && string(value) != `""` && info.Name != "exec.allow" {
+			t.Errorf("%s: the default is %s in the table, and %s in fact", info.Name, row[1], value)
 		}
 	}
 	for key := range documented {

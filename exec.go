@@ -510,7 +510,7 @@ func (r *runner) atOnce(path string, info os.FileInfo) (string, bool) {
 	r.mu.Lock()
 	known, ok := r.direct[path]
 	r.mu.Unlock()
-	if ok && known == (direct{known.real, versionOf(info), versionAt(filepath.Dir(known.real))}) {
+	if ok && known == (direct{known.real, versionOf(info, nil), versionOf(os.Lstat(filepath.Dir(known.real)))}) {
 		return known.real, true
 	}
 	real, ok := startsAtOnce(path)
@@ -522,6 +522,6 @@ func (r *runner) atOnce(path string, info os.FileInfo) (string, bool) {
 	if len(r.direct) >= maxDirect {
 		clear(r.direct) // an agent may spell one path in many ways
 	}
-	r.direct[path] = direct{real, versionOf(info), versionAt(filepath.Dir(real))}
+	r.direct[path] = direct{real, versionOf(info, nil), versionOf(os.Lstat(filepath.Dir(real)))}
 	return real, true
 }

@@ -27,10 +27,10 @@ func parseExecBody(data []byte) (args []string, e *apiError) {
 	}
 	unexpected := newError("unexpected_field")
 	for i, key := range body.keys {
-		if key == "args" {
-			args = nodeStrings(body.items[i])
+		if key.str == "args" {
+			args = body.items[i].texts()
 		} else {
-			unexpected.Fields = append(unexpected.Fields, key)
+			unexpected.Fields = append(unexpected.Fields, key.str)
 		}
 	}
 	switch err := checkArgv(args); {
@@ -188,8 +188,8 @@ func (j *job) hook(which, file string) (hookOutput, *apiError) {
 // nil: no hook.
 func (j *job) audited(stdin []byte) *apiError {
 	s := j.snap
-	cmd := command{what: j.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.Exec.Limits,
-		noNewPrivs: s.Exec.NoNewPrivileges, timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
+	cmd := command{what: j.what, env: s.env, cwd: s.cwd, pathDirs: s.pathDirs, cred: s.cred, limits: s.rlimits,
+		noNewPrivs: s.NoNewPrivileges, timeout: s.Timeout, killGrace: s.KillGrace, maxBytes: s.MaxOutputBytes, stdin: stdin}
 	if stdin != nil {
 		cmd.cred, cmd.env, cmd.cwd = nil, s.hookEnv, j.plugin.dir // a hook runs as the server's user, in nobody else's world
 	}

@@ -162,14 +162,6 @@ func (t *terminal) serve() error {
 	return err
 }
 
-// restartState is everything on disk that only a restart brings into force, by name.
-func restartState(p paths) (map[string]string, error) {
-	state := pluginFingerprints(p)
-	values, err := restartValues(p)
-	maps.Copy(state, values)
-	return state, err
-}
-
 // changedOnDisk names, sorted, what is not as it was when a server was started: values that differ, and those that only one
 // side has. There are none while settings.json cannot be read, which is reported elsewhere, or the server has not said.
 func changedOnDisk(p paths, inForce map[string]string) []string {

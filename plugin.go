@@ -7,7 +7,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -29,18 +28,24 @@ var (
 	starterTools        = strings.Fields("claude codex gemini aider goose hermes openclaw opencode")
 	reservedPluginWords = strings.Fields("exec acl plugins skills private ping command aexec ae")
 
-	pluginName    = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`)
-	pluginType    = form{regexp.MustCompile(`^(skill|exec|trusted)$`).MatchString, "skill, exec or trusted (system is reserved)"}
-	pluginInvoke  = form{regexp.MustCompile(`^(exec|run)$`).MatchString, "exec or run"}
-	pluginCommand = form{regexp.MustCompile(`^([A-Za-z0-9_][A-Za-z0-9_.+-]*)?$`).MatchString, "one word of letters, digits and _.+-"}
-	hookPath      = form{regexp.MustCompile(`^([^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*)?$`).MatchString, "a path inside the plugin"}
+	pluginName  = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`)
+	pluginForms = map[string]form{
+		"plugin.type":       newForm('"', `skill|exec|trusted`, "skill, exec or trusted (system is reserved)"),
+		"plugin.invoke":     newForm('"', `exec|run`, "exec or run"),
+		"plugin.apiVersion": newForm('0', `1`, "1"),
+		"plugin.command":    newForm('"', `([A-Za-z0-9_][A-Za-z0-9_.+-]*)?`, "one word of letters, digits and _.+-"),
+		"plugin.before":     hookPath, "plugin.after": hookPath, "exec.allow": anyRule, "exec.deny": anyRule,
+	}
+	hookPath = newForm('"', `([^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*)?`, "a path inside the plugin, such as hooks/before")
 
 	// routeForm admits the patterns in which one path is one request: no host, no subtree, no "..."; net/http refuses . and ..
 	routeForm     = regexp.MustCompile(`^(GET|POST|PUT|PATCH|DELETE) (/([A-Za-z0-9_.+~-]+|\{[A-Za-z0-9_]+\}))+$`)
 	routeWildcard = regexp.MustCompile(`^\{[A-Za-z0-9_]+\}$`)
 	routePlace    = regexp.MustCompile(` \(registered at [^)]*\)`) // which net/http adds: a line of ours
 	routeValue    = regexp.MustCompile(`^[^-\p{Cc}]\P{Cc}*$`)
-	unsafeText    = regexp.MustCompile(`\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)|[^\n]\x08|[^\n\t\pL\pM\pN\pP\pS\p{Zs}]`)
+
+	// unsafeText is terminal sequences, overstrikes, and control and formatting characters.
+	unsafeText = regexp.MustCompile(`\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)|[^\n]\x08|[^\n\t\pL\pM\pN\pP\pS\p{Zs}]`)
 )
 
 // plugin is one plugin as it lies on disk. The server has only those that are enabled and not broken.
@@ -96,7 +101,7 @@ func loadPlugins(p paths, s *settings) (all, usable, problems []*plugin) {
 func readPlugin(p paths, name string) (*plugin, error) {
 	dir, err := pluginDir(p, name)
 	file := filepath.Join(dir, "settings.json")
-	data, unread := readTrusted(file, false)
+	data, unread := readTrusted(file, guarded)
 	pl, unparsed := parsePlugin(name, file, data)
 	if err = cmp.Or(err, unread, unparsed); err != nil {
 		return &plugin{Name: name}, err
@@ -105,7 +110,7 @@ func readPlugin(p paths, name string) (*plugin, error) {
 	references, _ := fs.Glob(os.DirFS(dir), "references/*.md") // the patterns are right, so there is no error
 	public, _ := fs.Glob(os.DirFS(dir), "public/SKILL.md")
 	for _, doc := range slices.Concat([]string{"SKILL.md"}, references, public) {
-		pl.docs[doc], unread = readTrusted(filepath.Join(dir, doc), false)
+		pl.docs[doc], unread = readTrusted(filepath.Join(dir, doc), guarded)
 		_, open := checkFile(dir, doc)
 		err = cmp.Or(err, unread, open)
 	}
@@ -133,46 +138,33 @@ func reservedWord(word string) bool { return slices.Contains(reservedPluginWords
 // checkFile gives the version of a plugin's file. It holds the file, and the directories on the way to it, to strict modes: who
 // may write there may exchange the file.
 func checkFile(dir, name string) (fileVersion, error) {
-	f, err := openTrusted(filepath.Join(dir, name), 0)
+	f, info, err := openTrusted(filepath.Join(dir, name), 0, guarded)
 	if err != nil {
 		return fileVersion{}, err
 	}
 	defer f.Close()
-	err = checkTrustedFile(f, false)
 	for err == nil && name != "." {
 		name = filepath.Dir(name)
 		err = checkTrustedDir(filepath.Join(dir, name))
 	}
-	return versionAt(f.Name()), err
-}
-
-// pluginFingerprints gives a digest by "plugin:NAME" of all that is read of a plugin at start: a restart would bring what differs.
-func pluginFingerprints(p paths) map[string]string {
-	prints := map[string]string{}
-	all, _, _ := loadPlugins(p, &settings{})
-	for _, pl := range all {
-		sum := sha256.Sum256(fmt.Append(nil, *pl))
-		prints[pluginSource+pl.Name] = fmt.Sprintf("%x", sum[:8])
-	}
-	return prints
+	return versionOf(info, nil), err
 }
 
 // parsePlugin reads a plugin's settings.json; its errors begin with the file.
 func parsePlugin(name, file string, data []byte) (*plugin, error) {
-	r, err := readSettingNodes(file, pluginDefaults, data)
+	var f struct {
+		PluginType, PluginCommand, PluginInvoke, PluginBefore, PluginAfter string
+		Allow, Deny                                                        []ruleSpec
+	}
+	r, err := readSettings(file, pluginDefaults, data, pluginForms, &f)
 	if err != nil {
 		return nil, err
 	}
-	p := &plugin{Name: name, Type: r.string("plugin.type", pluginType), Command: r.string("plugin.command", pluginCommand),
-		Invoke: r.string("plugin.invoke", pluginInvoke), before: r.string("plugin.before", hookPath), after: r.string("plugin.after", hookPath)}
-	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: r.rules("exec.allow"), Deny: r.rules("exec.deny")}
-	r.number("plugin.apiVersion", 1, 1)
-	if r.err != nil {
-		return nil, r.err
-	}
+	p := &plugin{Name: name, Type: f.PluginType, Command: f.PluginCommand, Invoke: f.PluginInvoke, before: f.PluginBefore, after: f.PluginAfter}
+	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: f.Allow, Deny: f.Deny}
 	switch p.routes, err = parseRoutes(name, r.nodes["plugin.routes"]); {
 	case err != nil:
-	case p.Command == "" && (p.Type != "skill" || p.Rules.Allow != nil):
+	case p.Command == "" && (p.Type != "skill" || len(f.Allow) > 0):
 		err = errors.New("missing plugin.command")
 	case reservedWord(p.Command):
 		err = fmt.Errorf("the command %q is reserved: choose another", p.Command)
@@ -199,10 +191,10 @@ func parseRoutes(name string, n *node) (routes map[string][]string, err error) {
 		}
 	}()
 	for i := range n.keys {
-		if key = n.keys[i]; strings.HasPrefix(key, "_") {
-			continue // a comment
+		if key = n.keys[i].str; isComment(key) {
+			continue
 		}
-		argv, pattern := nodeStrings(n.items[i]), strings.Replace(key, " ", " /api/command/"+name, 1)
+		argv, pattern := n.items[i].texts(), strings.Replace(key, " ", " /api/command/"+name, 1)
 		if err := checkRoute(key, argv); err != nil {
 			return nil, fmt.Errorf("the route %q cannot be used: %w", key, err)
 		}
@@ -296,7 +288,7 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 	}
 	switch e := said.Error; {
 	case len(root.keys) != 1:
-	case which == "before" && checkArgv(nodeStrings(root.items[0])) == nil,
+	case which == "before" && checkArgv(root.items[0].texts()) == nil,
 		which == "after" && said.Result != nil,
 		e != nil && e.Status >= 400 && e.Status <= 599 && e.Code != "" && e.Message != "":
 		return said, nil
@@ -339,7 +331,9 @@ func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(c
 			out := run(context.Background(), command{what: approveUnchecked([]string{o.Command, form}, "plugin create"), env: s.env,
 				pathDirs: s.pathDirs, cwd: "/", noNewPrivs: true, timeout: 3 * time.Second, killGrace: time.Second / 5, maxBytes: 1 << 20})
 			found = found || out.end != endStart
-			text := cleanText(bytes.Join(append(out.stdout, out.stderr...), nil)) // many print their help to standard error
+			text := strings.ToValidUTF8(string(bytes.Join(append(out.stdout, out.stderr...), nil)), "\ufffd")
+			text = strings.ReplaceAll(unsafeText.ReplaceAllString(text, ""), "```", "'''") // it goes into a fenced block
+			text = fmt.Sprintf("%.32000s", strings.TrimSpace(text))
 			if out.end == endExit && out.exited && out.exitCode == 0 && text != "" {
 				said[i], rules = text, append(rules, o.Command+" "+form)
 				requests += strings.Replace(parts[3], "{BODY}", fmt.Sprintf(`{"args":[%q,%q]}`, o.Command, form), 1)
@@ -362,10 +356,4 @@ func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(c
 		err = errors.Join(os.RemoveAll(dir), os.Rename(fresh, dir))
 	}
 	return found, fill.Replace(parts[2]), err
-}
-
-// cleanText makes foreign output safe to show in a fenced block: no terminal sequences, overstrikes, control characters, no end.
-func cleanText(data []byte) string {
-	text := unsafeText.ReplaceAllString(strings.ToValidUTF8(string(data), "\ufffd"), "")
-	return fmt.Sprintf("%.32000s", strings.TrimSpace(strings.ReplaceAll(text, "```", "'''")))
 }

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"log"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -441,6 +442,12 @@ func TestPluginFingerprints(t *testing.T) {
 	p := pluginPaths(t)
 	dir := pluginWrite(t, p, "a", `{"plugin":{"type":"exec","command":"a","before":"hooks/x"}}`, map[string]string{"hooks/x": "1", "references/r.md": "r", "frozen": ""})
 	pluginWrite(t, p, "b", `{}`, nil)
+	pluginFingerprints := func(p paths) map[string]string {
+		state, err := restartState(p)
+		pluginMust(t, err)
+		maps.DeleteFunc(state, func(name, _ string) bool { return !strings.HasPrefix(name, pluginSource) })
+		return state
+	}
 	before := pluginFingerprints(p)
 	if len(before) != 2 || before["plugin:a"] == "" || before["plugin:a"] == before["plugin:b"] || !reflect.DeepEqual(before, pluginFingerprints(p)) {
 		t.Fatalf("fingerprints %v", before)

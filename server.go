@@ -426,8 +426,8 @@ type limiter struct {
 }
 
 func newLimiter(snap *snapshot) *limiter {
-	every := snap.RateWindow / time.Duration(max(1, snap.RateMax))
-	return &limiter{every: every, burst: snap.RateMax, clients: map[netip.Prefix]*rate.Limiter{}}
+	every := snap.RateLimitWindow / time.Duration(max(1, snap.RateLimitMax))
+	return &limiter{every: every, burst: snap.RateLimitMax, clients: map[netip.Prefix]*rate.Limiter{}}
 }
 
 // take takes a token, or says how long until there is one at the latest. Of too many clients all are forgotten: who has thousands

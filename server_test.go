@@ -797,7 +797,7 @@ func FuzzExecBody(f *testing.F) {
 
 // TestLimiter: no number of addresses grows it, and none pays for another.
 func TestLimiter(t *testing.T) {
-	l := newLimiter(&snapshot{settings: settings{RateMax: 2, RateWindow: time.Minute}})
+	l := newLimiter(&snapshot{settings: settings{RateLimitMax: 2, RateLimitWindow: time.Minute}})
 	now := time.Now()
 	take := func(addr string) bool { return l.take(netip.MustParseAddr(addr), now) == 0 }
 	takes := func(addr string) (n int) {
@@ -826,7 +826,7 @@ func TestLimiter(t *testing.T) {
 	if now = now.Add(30 * time.Second); takes("10.15.66.64") != 2 {
 		t.Error("a bucket is not full again")
 	}
-	if off := newLimiter(&snapshot{settings: settings{RateWindow: time.Minute}}); off.take(addr, now) != 0 || len(off.clients) != 0 {
+	if off := newLimiter(&snapshot{settings: settings{RateLimitWindow: time.Minute}}); off.take(addr, now) != 0 || len(off.clients) != 0 {
 		t.Error("no limit limits")
 	}
 }

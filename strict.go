@@ -1,4 +1,4 @@
-// This file is the strict JSON reader, for bodies and files both, the typed values of settings, and edits that leave the rest as it was.
+// This file is the strict JSON reader, for bodies and files both, what settings may be, and edits that leave the rest as it was.
 // It may look at bytes and make others of them.
 // It must not do I/O, keep state, or accept what encoding/json would not: it only ever refuses more.
 package main
@@ -8,7 +8,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"maps"
 	"net/netip"
 	"regexp"
 	"slices"
@@ -18,30 +17,24 @@ import (
 	"unicode/utf8"
 )
 
-const (
-	maxJSONCommas = 1 << 19 // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
-	dayMs         = 24 * 60 * 60 * 1000
-)
+const maxJSONCommas = 1 << 19 // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
 
 // nodeKinds names the kinds of a node for people.
-var nodeKinds = map[byte]string{
-	'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false", 'f': "true or false",
-}
+var nodeKinds = map[byte]string{'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false"}
 
 // node is one JSON value of the strict reader, with its place in the text.
 type node struct {
-	kind  byte     // a key of nodeKinds, 'n' for null, or 'u' for a string with half a surrogate pair, which is not Unicode
-	start int      // byte offset into the text; 0 for a default
-	raw   string   // as written
-	str   string   // the string, or the number's literal
-	keys  []string // of an object, in order, unique
-	keyAt []int    // byte offset of each key
-	items []*node  // of an object or an array
+	kind  byte    // a key of nodeKinds, 'n' for null, or 'u' for a string with half a surrogate pair, which is not Unicode
+	start int     // byte offset into the text
+	raw   string  // as written
+	str   string  // the string, or the number's literal
+	keys  []*node // of an object, in order, unique
+	items []*node // of an object or an array
 }
 
 // get is the member of an object, or nil.
 func (n *node) get(key string) *node {
-	if i := slices.Index(n.keys, key); i >= 0 {
+	if i := slices.IndexFunc(n.keys, func(k *node) bool { return k.str == key }); i >= 0 {
 		return n.items[i]
 	}
 	return nil
@@ -55,108 +48,79 @@ func (n *node) plain() (value any) {
 	return value
 }
 
+func isComment(key string) bool { return strings.HasPrefix(key, "_") }
+
+// texts gives an array of strings, nil if it is something else or empty.
+func (n *node) texts() (list []string) {
+	for _, item := range n.items {
+		if n.kind != '[' || item.kind != '"' {
+			return nil
+		}
+		list = append(list, item.str)
+	}
+	return list
+}
+
 // errorAt says what is wrong, and before it where: LINE:COLUMN, both from 1, columns in bytes.
 func errorAt(text string, at int, format string, args ...any) error {
 	before := text[:at]
 	return fmt.Errorf("%d:%d: %s", 1+strings.Count(before, "\n"), at-strings.LastIndexByte(before, '\n'), fmt.Sprintf(format, args...))
 }
 
-// strictReader walks through text that encoding/json has found valid, and so meets no syntax error: it needs only to know
-// where values begin and end. Its first error stays.
-type strictReader struct {
-	text string
-	at   int
-	err  error
-}
-
-// parseStrict reads one JSON value and nothing after it: no duplicate keys, no invalid UTF-8, at most maxJSONCommas commas.
-// Its errors begin with LINE:COLUMN.
-func parseStrict(data []byte) (*node, error) {
-	r := &strictReader{text: string(data)}
-	if !json.Valid(data) {
-		syntax, _ := errors.AsType[*json.SyntaxError](json.Unmarshal(data, new(any)))
-		return nil, errorAt(r.text, max(int(syntax.Offset)-1, 0), "%v", syntax)
-	}
-	for at, c := range r.text {
-		if c == utf8.RuneError && !strings.HasPrefix(r.text[at:], "\ufffd") {
-			return nil, errorAt(r.text, at, "is not UTF-8")
-		}
-	}
-	if strings.Count(r.text, ",") > maxJSONCommas {
-		return nil, errorAt(r.text, 0, "has more than %d commas", maxJSONCommas)
-	}
-	root := r.value()
-	return root, r.err
-}
-
-// next goes to the next token, which begins with the result. Before it stand only white space, commas and colons.
-func (r *strictReader) next() byte {
-	for ; ; r.at++ {
-		switch c := r.text[r.at]; c {
-		case ' ', '\t', '\r', '\n', ',', ':':
-		default:
-			return c
-		}
-	}
-}
-
-func (r *strictReader) value() *node {
-	n := &node{kind: r.next(), start: r.at}
-	switch n.kind {
-	case '{', '[':
-		r.members(n)
-	case '"':
-		n.kind, n.str = r.string()
-	default:
-		for r.at < len(r.text) && strings.IndexByte(" \t\r\n,]}", r.text[r.at]) < 0 {
-			r.at++
-		}
-	}
-	n.raw = r.text[n.start:r.at]
-	if n.kind == '-' || '0' <= n.kind && n.kind <= '9' {
-		n.kind, n.str = '0', n.raw
-	}
-	return n
-}
-
-func (r *strictReader) members(n *node) {
-	end, seen := n.kind+2, map[string]bool{} // in ASCII the closing bracket stands two after the opening one
-	for r.at++; r.next() != end; {
-		if n.kind == '{' {
-			at := r.at
-			_, key := r.string()
-			if seen[key] && r.err == nil {
-				r.err = errorAt(r.text, at, "has the key %q twice", key)
-			}
-			seen[key] = true
-			n.keys, n.keyAt = append(n.keys, key), append(n.keyAt, at)
-		}
-		n.items = append(n.items, r.value())
-	}
-	r.at++
-}
-
 // escapes finds pairs of surrogate escapes (12 bytes), half of one (6 bytes), and any other escape (2 bytes of it).
 var escapes = regexp.MustCompile(`(?i)\\(?:ud[89ab]..\\ud[c-f]..|ud[89a-f]..|.)`)
 
-// string reads a string, of kind '"' or 'u'.
-func (r *strictReader) string() (kind byte, text string) {
-	start := r.at
-	for r.at++; r.text[r.at] != '"'; r.at++ {
-		if r.text[r.at] == '\\' {
-			r.at++
+// parseStrict reads one JSON value and nothing after it: no duplicate keys, no invalid UTF-8, at most maxJSONCommas commas.
+// Its errors begin with LINE:COLUMN.
+func parseStrict(data []byte) (root *node, err error) {
+	text := string(data)
+	if syntax, bad := errors.AsType[*json.SyntaxError](json.Unmarshal(data, new(json.RawMessage))); bad {
+		return nil, errorAt(text, max(int(syntax.Offset)-1, 0), "%v", syntax)
+	}
+	for at, c := range text {
+		if c == utf8.RuneError && !strings.HasPrefix(text[at:], "\ufffd") {
+			return nil, errorAt(text, at, "is not UTF-8")
 		}
 	}
-	r.at++
-	raw := r.text[start:r.at]
-	if !strings.Contains(raw, `\`) {
-		return '"', raw[1 : len(raw)-1]
+	if strings.Count(text, ",") > maxJSONCommas {
+		return nil, errorAt(text, 0, "has more than %d commas", maxJSONCommas)
 	}
-	json.Unmarshal([]byte(raw), &text) // it is valid
-	if slices.ContainsFunc(escapes.FindAllString(raw, -1), func(s string) bool { return len(s) == 6 }) {
-		return 'u', text
+	d := json.NewDecoder(strings.NewReader(text)) // which meets no error from here on
+	d.UseNumber()
+	var value func() *node
+	value = func() *node {
+		rest := strings.TrimLeft(text[d.InputOffset():], " \t\r\n,:") // nothing else stands before a value or key
+		n, seen := &node{kind: rest[0], start: len(text) - len(rest)}, map[string]bool{}
+		token, _ := d.Token()
+		switch token := token.(type) {
+		case json.Delim:
+			for d.More() {
+				item := value()
+				if n.kind == '{' {
+					if seen[item.str] && err == nil {
+						err = errorAt(text, item.start, "has the key %q twice", item.str)
+					}
+					seen[item.str] = true
+					n.keys, item = append(n.keys, item), value()
+				}
+				n.items = append(n.items, item)
+			}
+			d.Token() // the bracket
+		case json.Number:
+			n.kind, n.str = '0', string(token)
+		case bool:
+			n.kind = 't'
+		case string:
+			n.str = token
+		}
+		n.raw = text[n.start:d.InputOffset()]
+		if n.kind == '"' && slices.ContainsFunc(escapes.FindAllString(n.raw, -1), func(s string) bool { return len(s) == 6 }) {
+			n.kind = 'u'
+		}
+		return n
 	}
-	return '"', text
+	root = value()
+	return root, err
 }
 
 // editList adds a value to the list section.name, or removes it wherever it stands there, and leaves every other byte alone.
@@ -198,25 +162,7 @@ func editList(text, key string, value any, remove bool) string {
 // ---- settings
 
 // defaultSettings is the defaults, and the schema: what it does not have is unknown. Setup writes it with one rule.
-const defaultSettings = `{
-  "_comment": "What commands may run, and within which limits. The next request follows a change; aexec config shows what needs a restart.",
-  "exec": {
-    "allow": [],
-    "deny": [],
-    "tests": { "allowed": [], "refused": [] },
-    "cwd": "", "user": "",
-    "env": { "keep": [], "set": {} },
-    "limits": { "cpuSeconds": 0, "memoryBytes": 0, "fileBytes": 0, "openFiles": 0, "processes": 0 },
-    "noNewPrivileges": true
-  },
-  "ip": { "allow": "*", "deny": [] },
-  "timeoutMs": 120000, "killGraceMs": 1000,
-  "maxOutputBytes": 1048576, "maxStreamBytes": 1048576, "maxConcurrentExec": 4,
-  "maxRequestBodyBytes": 1048576, "rateLimit": { "windowMs": 60000, "max": 0 },
-  "audit": { "enabled": true, "file": "" },
-  "plugins": { "mode": "auto", "enabled": [], "disabled": [] }
-}
-`
+var defaultSettings = defaultText("_settings.json")
 
 // restartOnly are the settings that do not reload.
 var restartOnly = []string{"maxRequestBodyBytes", "rateLimit.windowMs", "rateLimit.max", "plugins.mode", "plugins.enabled"}
@@ -226,82 +172,45 @@ type rlimits struct {
 	CPUSeconds, MemoryBytes, FileBytes, OpenFiles, Processes uint64
 }
 
-// settings is settings.json, checked, with the defaults filled in.
+// settings is settings.json, checked, with the defaults filled in. The fields have the names that fieldName makes of the keys.
 type settings struct {
-	Exec struct {
-		Allow, Deny, TestsAllowed, TestsRefused []ruleSpec
-		Cwd, User                               string
-		EnvKeep                                 []string
-		EnvSet                                  map[string]string
-		Limits                                  rlimits
-		NoNewPrivileges                         bool
-	}
+	Allow, Deny, TestsAllowed, TestsRefused             []ruleSpec
+	Cwd, User                                           string
+	EnvKeep                                             []string
+	EnvSet                                              map[string]string
+	NoNewPrivileges                                     bool
 	IPAllow, IPDeny                                     []netip.Prefix // "*" is 0.0.0.0/0 and ::/0
-	Timeout, KillGrace, RateWindow                      time.Duration
+	Timeout, KillGrace, RateLimitWindow                 time.Duration
 	MaxOutputBytes, MaxStreamBytes, MaxRequestBodyBytes int64
-	MaxConcurrentExec, RateMax                          int // RateMax 0: no limit
+	MaxConcurrentExec, RateLimitMax                     int // RateLimitMax 0: no limit
 	AuditEnabled                                        bool
 	AuditFile                                           string // absolute: audit.jsonl in the directory, unless the file says otherwise
 	PluginsMode                                         string // "auto" or "explicit"
 	PluginsEnabled, PluginsDisabled                     []string
 
-	source *settingsReader
+	rlimits
+	source *settingsFile
 }
 
-// parseSettings reads every value; the numbers beside a key are its range, chosen so that nothing overflows.
+// fieldName makes Cwd of exec.cwd and RateLimitWindow of rateLimit.windowMs; encoding/json does not look at case.
+var fieldName = strings.NewReplacer("exec.limits.", "", "exec.", "", ".", "", "Ms", "").Replace
+
 func parseSettings(p paths, data []byte) (*settings, error) {
-	r, err := readSettingNodes(p.settings, defaultSettings, data)
+	s := &settings{EnvSet: map[string]string{}}
+	r, err := readSettings(p.settings, defaultSettings, data, settingForms, s)
 	if err != nil {
 		return nil, err
 	}
-	ms := func(key string) time.Duration { return time.Duration(r.number(key, 1, dayMs)) * time.Millisecond }
-	s := &settings{
-		IPAllow: r.prefixes("ip.allow"), IPDeny: r.prefixes("ip.deny"),
-		Timeout: ms("timeoutMs"), KillGrace: ms("killGraceMs"),
-		RateWindow: ms("rateLimit.windowMs"), RateMax: int(r.number("rateLimit.max", 0, 1<<30)),
-		MaxOutputBytes: r.number("maxOutputBytes", 1, 1<<30), MaxStreamBytes: r.number("maxStreamBytes", 1, 1<<50),
-		MaxRequestBodyBytes: r.number("maxRequestBodyBytes", 1, 1<<26), MaxConcurrentExec: int(r.number("maxConcurrentExec", 1, 1<<12)),
-		AuditEnabled: r.nodes["audit.enabled"].kind == 't', AuditFile: cmp.Or(r.string("audit.file", absolutePath), p.audit),
-		PluginsMode: r.string("plugins.mode", pluginMode), PluginsEnabled: r.strings("plugins.enabled", r.nodes["plugins.enabled"], anyText),
-		PluginsDisabled: r.strings("plugins.disabled", r.nodes["plugins.disabled"], anyText), source: r,
-	}
-	e := &s.Exec
-	e.Allow, e.Deny = r.rules("exec.allow"), r.rules("exec.deny")
-	e.TestsAllowed, e.TestsRefused = r.rules("exec.tests.allowed"), r.rules("exec.tests.refused")
-	e.Cwd, e.User = r.string("exec.cwd", absolutePath), r.string("exec.user", anyText)
-	e.NoNewPrivileges = r.nodes["exec.noNewPrivileges"].kind == 't'
-	e.EnvKeep, e.EnvSet = r.strings("exec.env.keep", r.nodes["exec.env.keep"], variable), r.variables("exec.env.set")
-	limit := func(name string, most int64) uint64 { return uint64(r.number("exec.limits."+name, 0, most)) }
-	e.Limits = rlimits{limit("cpuSeconds", 1<<31), limit("memoryBytes", 1<<50), limit("fileBytes", 1<<50),
-		limit("openFiles", 1<<30), limit("processes", 1<<30)}
-	return s, r.err
-}
-
-// compileSettings compiles the rules with those of the plugins that are not disabled, and holds the policy to exec.tests,
-// where a string is split on single spaces.
-func compileSettings(set *settings, plugins []ruleSet) (*policy, error) {
-	r, off := set.source, func(plugin ruleSet) bool { return set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) }
-	own := ruleSet{Source: "settings.json", Allow: set.Exec.Allow, Deny: set.Exec.Deny}
-	compiled, err := compilePolicy(append([]ruleSet{own}, slices.DeleteFunc(slices.Clone(plugins), off)...))
-	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == own.Source {
-		key := "exec." + bad.List
-		return nil, r.fail(r.nodes[key].items[bad.Index].start, key, "rule %q: %v", bad.Rule, bad.Err)
-	} else if err != nil {
-		return nil, err
-	}
-	tests := func(key string, commands []ruleSpec, allowed bool) {
-		for i, c := range commands {
-			if c.Argv == nil {
-				c.Argv = strings.Split(c.Text, " ")
-			}
-			if _, d := compiled.decide(c.Argv); d.Allowed != allowed {
-				r.fail(r.nodes[key].items[i].start, key, "%q is decided otherwise: %s", c.Argv, d.why())
-			}
+	set := r.nodes["exec.env.set"]
+	for i, name := range set.keys {
+		if !isComment(name.str) {
+			r.hold("exec.env.set", name, variable, 0)
+			r.hold("exec.env.set", set.items[i], anyText, 0)
+			s.EnvSet[name.str] = set.items[i].str
 		}
 	}
-	tests("exec.tests.allowed", set.Exec.TestsAllowed, true)
-	tests("exec.tests.refused", set.Exec.TestsRefused, false)
-	return compiled, r.err
+	s.source, s.AuditFile = r, cmp.Or(s.AuditFile, p.audit)
+	return s, r.err
 }
 
 // disabled says whether a plugin is off.
@@ -319,140 +228,132 @@ func (s *settings) ipAllowed(peer netip.Addr) bool {
 	return !slices.ContainsFunc(s.IPDeny, within) && slices.ContainsFunc(s.IPAllow, within)
 }
 
-// settingInfo is one row of `aexec config`.
-type settingInfo struct {
-	Key     string `json:"key"`
-	Value   any    `json:"value"`
-	Reloads bool   `json:"reloads"` // without restart
+// form is what a text or a number must look like, and how to say so.
+type form struct {
+	kind  byte // of the node
+	ok    func(string) bool
+	want  string
+	lists int // that may lie in one another: only rules may be lists in their list
 }
 
-func (s *settings) table() (rows []settingInfo) {
-	for _, key := range slices.Sorted(maps.Keys(s.source.nodes)) {
-		rows = append(rows, settingInfo{key, s.source.nodes[key].plain(), !slices.Contains(restartOnly, key)})
+func newForm(kind byte, pattern, want string) form {
+	return form{kind, regexp.MustCompile(`^(?:` + pattern + `)$`).MatchString, want, 1}
+}
+
+var (
+	anyText      = newForm('"', `[^\x00]*`, "a string (without NUL and lone surrogates)")
+	anyRule      = form{'"', anyText.ok, anyText.want, 2}
+	absolutePath = newForm('"', `(/[^\x00]*)?`, "an absolute path, or empty")
+	variable     = newForm('"', `[^*=\x00]*[^=\x00]`, "the name of a variable (a * may end it)")
+	network      = form{'"', func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *", 1}
+	positive     = newForm('0', `[1-9]\d{0,11}`, "a whole number from 1 to 999999999999") // a time.Duration holds as many milliseconds
+	orNone       = newForm('0', `0|[1-9]\d{0,11}`, "a whole number from 0 to 999999999999")
+
+	// kindForms are those of the settings that settingForms does not name.
+	kindForms    = map[byte]form{'"': anyText, '[': anyText, '0': positive}
+	settingForms = map[string]form{
+		"exec.allow": anyRule, "exec.deny": anyRule, "exec.tests.allowed": anyRule, "exec.tests.refused": anyRule,
+		"exec.cwd": absolutePath, "audit.file": absolutePath, "exec.env.keep": variable, "ip.allow": network, "ip.deny": network,
+		"exec.limits.cpuSeconds": orNone, "exec.limits.memoryBytes": orNone, "exec.limits.fileBytes": orNone, "exec.limits.openFiles": orNone,
+		"exec.limits.processes": orNone, "rateLimit.max": orNone, "plugins.mode": newForm('"', "auto|explicit", `"auto" or "explicit"`),
 	}
-	return rows
-}
+)
 
-// settingsReader turns the nodes of a settings file into settings. Its first error stays; it begins with FILE:LINE:COLUMN and the key.
-type settingsReader struct {
-	file, data string
+// settingsFile is a settings file that is read. Its first error stays; it begins with FILE:LINE:COLUMN and the key.
+type settingsFile struct {
+	file, text string
+	forms      map[string]form
 	nodes      map[string]*node // by dotted key: the file's value of each, else the default
 	err        error
 }
 
-func (r *settingsReader) fail(at int, key, format string, args ...any) error {
+func (r *settingsFile) fail(n *node, key, format string, args ...any) error {
 	if r.err == nil {
-		r.err = fmt.Errorf("%s:%w", r.file, errorAt(r.data, at, "%s: %s", key, fmt.Sprintf(format, args...)))
+		r.err = fmt.Errorf("%s:%w", r.file, errorAt(r.text, n.start, "%s: %s", key, fmt.Sprintf(format, args...)))
 	}
 	return r.err
 }
 
-// readSettingNodes reads a settings file, a plugin's too, that may have what the defaults have.
-func readSettingNodes(file, defaults string, data []byte) (*settingsReader, error) {
-	r := &settingsReader{file: file, data: string(data), nodes: map[string]*node{}}
-	known, _ := parseStrict([]byte(defaults)) // a constant of ours
+// readSettings reads a settings file, a plugin's too, that may have what the defaults have, into fields that fieldName names.
+func readSettings(file, defaults string, data []byte, forms map[string]form, fields any) (*settingsFile, error) {
+	r := &settingsFile{file: file, text: string(data), forms: forms, nodes: map[string]*node{}}
+	known, _ := parseStrict([]byte(defaults)) // ours
 	r.walk("", known, known)
 	for _, n := range r.nodes {
 		n.start = 0 // what is wrong with a value that the file does not have is wrong at its start
 	}
 	root, err := parseStrict(data)
 	if err != nil {
-		return nil, fmt.Errorf("%s:%w", file, err)
+		return r, fmt.Errorf("%s:%w", file, err)
 	}
 	if root.kind != '{' {
-		return nil, r.fail(root.start, "settings", "must be an object")
+		r.fail(root, "settings", "must be an object")
 	}
-	r.walk("", root, known)
-	return r, r.err
+	if r.walk("", root, known); r.err != nil {
+		return r, r.err
+	}
+	values := map[string]any{}
+	for key, n := range r.nodes {
+		switch field := fieldName(key); {
+		case n.kind == '{': // what takes any key is the caller's to read
+		case strings.HasSuffix(key, "Ms"):
+			values[field] = json.RawMessage(n.raw + "000000") // as a time.Duration has it
+		case strings.HasPrefix(key, "ip."):
+			values[field] = networks(n)
+		default:
+			values[field] = json.RawMessage(n.raw)
+		}
+	}
+	return r, json.Unmarshal(marshal(values), fields)
 }
 
-// walk takes over the members of n, and refuses those that the defaults do not know or that are of another type there.
-func (r *settingsReader) walk(prefix string, n, known *node) {
+// walk takes over the members of n, and refuses those that the defaults do not know, or that are something else there.
+func (r *settingsFile) walk(prefix string, n, known *node) {
 	for i, key := range n.keys {
-		name, v, def := prefix+key, n.items[i], known.get(key)
+		name, v, def := prefix+key.str, n.items[i], known.get(key.str)
 		switch {
-		case strings.HasPrefix(key, "_"): // a comment
+		case isComment(key.str):
 		case def == nil:
-			r.fail(n.keyAt[i], strconv.Quote(name), "is not a setting: look at its case, or let it begin with _ as a comment")
-		case nodeKinds[v.kind] != nodeKinds[def.kind] && !(prefix == "ip." && (v.kind == '"' || v.kind == '[')):
-			r.fail(v.start, name, "must be %s", nodeKinds[def.kind])
+			r.fail(key, strconv.Quote(name), "is not a setting: look at its case, or let it begin with _ as a comment")
+		case v.kind != def.kind && prefix != "ip.":
+			r.fail(v, name, "must be %s", nodeKinds[def.kind])
 		case len(def.keys) > 0: // an object of ours; one without keys there takes any, as exec.env.set
 			r.walk(name+".", v, def)
 		default:
-			r.nodes[name] = v
+			f, named := r.forms[name]
+			if !named {
+				f = kindForms[def.kind]
+			}
+			if r.nodes[name] = v; f.ok != nil {
+				r.hold(name, v, f, f.lists)
+			}
 		}
 	}
 }
 
-// form is what a string must look like, and how to say so.
-type form struct {
-	ok   func(string) bool
-	want string
-}
-
-var (
-	anyText      = form{regexp.MustCompile(`^[^\x00]*$`).MatchString, "a string (without NUL and lone surrogates)"}
-	absolutePath = form{regexp.MustCompile(`^(/[^\x00]*)?$`).MatchString, "an absolute path, or empty"}
-	pluginMode   = form{regexp.MustCompile(`^(auto|explicit)$`).MatchString, `"auto" or "explicit"`}
-	variable     = form{regexp.MustCompile(`^[^*=\x00]*[^=\x00]$`).MatchString, "the name of a variable (a * may end it)"}
-	network      = form{func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *"}
-)
-
-// text reads the string v, which is the setting or one element of it.
-func (r *settingsReader) text(key string, v *node, f form) string {
-	if v.kind != '"' || !f.ok(v.str) {
-		r.fail(v.start, key, "must be %s", f.want)
-	}
-	return v.str
-}
-
-func (r *settingsReader) string(key string, f form) string { return r.text(key, r.nodes[key], f) }
-
-// strings reads an array, or the one string in its place where walk admits that.
-func (r *settingsReader) strings(key string, n *node, f form) []string {
-	if n.kind == '"' {
-		return []string{r.text(key, n, f)}
-	}
-	list := []string{}
-	for _, v := range n.items {
-		list = append(list, r.text(key, v, f))
-	}
-	return list
-}
-
-func (r *settingsReader) rules(key string) (list []ruleSpec) {
-	for _, v := range r.nodes[key].items {
-		if v.kind == '[' {
-			list = append(list, ruleSpec{Argv: r.strings(key, v, anyText)})
-		} else {
-			list = append(list, ruleSpec{Text: r.text(key, v, anyText)})
+// hold wants all in n to have the form; lists is how many lists may lie in one another.
+func (r *settingsFile) hold(key string, n *node, f form, lists int) {
+	if n.kind == '[' && lists > 0 {
+		for _, item := range n.items {
+			r.hold(key, item, f, lists-1)
 		}
+	} else if n.kind != f.kind || !f.ok(n.str) {
+		r.fail(n, key, "must be %s", f.want)
 	}
-	return list
 }
 
-func (r *settingsReader) variables(key string) map[string]string {
-	set, n := map[string]string{}, r.nodes[key]
-	for i, name := range n.keys {
-		if !strings.HasPrefix(name, "_") {
-			set[r.text(key, &node{kind: '"', start: n.keyAt[i], str: name}, variable)] = r.text(key, n.items[i], anyText)
-		}
+// UnmarshalJSON reads a rule as it is written: a string or an array of strings.
+func (r *ruleSpec) UnmarshalJSON(data []byte) error {
+	if data[0] == '[' {
+		return json.Unmarshal(data, &r.Argv)
 	}
-	return set
+	return json.Unmarshal(data, &r.Text)
 }
 
-func (r *settingsReader) number(key string, least, most int64) int64 {
-	v := r.nodes[key]
-	i, err := strconv.ParseInt(v.str, 10, 64)
-	if err != nil || i < least || i > most {
-		r.fail(v.start, key, "must be a whole number from %d to %d", least, most)
-	}
-	return i
-}
-
-func (r *settingsReader) prefixes(key string) (list []netip.Prefix) {
-	for _, text := range r.strings(key, r.nodes[key], network) {
-		list = append(list, parseNetwork(text)...)
+// networks gives those that a text or a list of texts names.
+func networks(n *node) (list []netip.Prefix) {
+	for _, v := range append(n.items, n) { // the text of a list is empty
+		list = append(list, parseNetwork(v.str)...)
 	}
 	return list
 }
@@ -462,10 +363,10 @@ func parseNetwork(text string) []netip.Prefix {
 	if text == "*" {
 		return append(parseNetwork("0.0.0.0/0"), parseNetwork("::/0")...)
 	}
-	p, err := netip.ParsePrefix(text)
-	if addr, e := netip.ParseAddr(text); e == nil && addr.Zone() == "" {
-		p, err = netip.PrefixFrom(addr, addr.BitLen()), nil
+	if addr, err := netip.ParseAddr(text); err == nil {
+		text += fmt.Sprint("/", addr.BitLen())
 	}
+	p, err := netip.ParsePrefix(text)
 	if p.Addr().Is4In6() {
 		p = netip.PrefixFrom(p.Addr().Unmap(), p.Bits()-96)
 	}
@@ -473,15 +374,4 @@ func parseNetwork(text string) []netip.Prefix {
 		return nil
 	}
 	return []netip.Prefix{p.Masked()}
-}
-
-// nodeStrings gives an array of strings, nil if it is something else or empty.
-func nodeStrings(n *node) (texts []string) {
-	for _, item := range n.items {
-		if n.kind != '[' || item.kind != '"' {
-			return nil
-		}
-		texts = append(texts, item.str)
-	}
-	return texts
 }

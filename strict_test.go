@@ -38,10 +38,10 @@ func strictPlain(n *node) any {
 	for i, v := range n.items {
 		list = append(list, strictPlain(v))
 		if n.kind == '{' {
-			object[n.keys[i]] = strictPlain(v)
+			object[n.keys[i].str] = strictPlain(v)
 		}
 	}
-	return map[byte]any{'{': object, '[': list, '"': n.str, 'u': n.str, '0': json.Number(n.str), 't': true, 'f': false}[n.kind]
+	return map[byte]any{'{': object, '[': list, '"': n.str, 'u': n.str, '0': json.Number(n.str), 't': n.raw == "true"}[n.kind]
 }
 
 // checkPlaces holds every node to its place: the bytes there are the value, the bytes at a key are the key.
@@ -53,8 +53,8 @@ func checkPlaces(t *testing.T, data []byte, n *node) {
 	for i, v := range n.items {
 		if n.kind == '{' {
 			var key string
-			if err := json.NewDecoder(bytes.NewReader(data[n.keyAt[i]:])).Decode(&key); err != nil || key != n.keys[i] {
-				t.Errorf("key %q of %q is said to be at %d", n.keys[i], data, n.keyAt[i])
+			if err := json.NewDecoder(bytes.NewReader(data[n.keys[i].start:])).Decode(&key); err != nil || key != n.keys[i].str {
+				t.Errorf("key %q of %q is said to be at %d", n.keys[i].str, data, n.keys[i].start)
 			}
 		}
 		checkPlaces(t, data, v)
