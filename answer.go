@@ -164,7 +164,7 @@ func frontmatter(doc []byte) (name, description string, err error) {
 		found[string(m[1])] = string(m[2])
 	}
 	if found["name"] == "" || found["description"] == "" {
-		err = fmt.Errorf("it must begin with frontmatter: name and description, each on one line, between two lines of ---")
+		err = fmt.Errorf("SKILL.md must begin with frontmatter: name and description, each on one line, between two lines of ---")
 	}
 	return found["name"], found["description"], err
 }

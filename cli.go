@@ -5,7 +5,6 @@ package main
 
 import (
 	"cmp"
-	"context"
 	"embed"
 	"encoding/json"
 	"errors"
@@ -19,7 +18,6 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
-	"time"
 	"unicode/utf16"
 	"unicode/utf8"
 )
@@ -61,9 +59,9 @@ var cliCommands = map[string]cliCommand{
 	"audit verify":   {cliAuditVerify, nothing, true},
 	"plugin list":    {cliPluginList, ofSettings, true},
 	"plugin create":  {cliPluginMake, ofPolicy, false},
-	"plugin enable":  {cliPluginEdit("enable", "enabled, from the next start on"), ofSettings, false},
-	"plugin disable": {cliPluginEdit("disable", "disabled, at once; a restart unloads it for good"), ofSettings, false},
-	"plugin remove":  {cliPluginEdit("remove", "removed; a restart unloads it for good"), ofSettings, false},
+	"plugin enable":  {cliPluginEdit, ofSettings, false},
+	"plugin disable": {cliPluginEdit, ofSettings, false},
+	"plugin remove":  {cliPluginEdit, ofSettings, false},
 	"plugin doctor":  {cliPluginDoctor, ofSettings, false},
 	"starterkit":     {cliPluginMake, ofPolicy, false},
 	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, nothing, true},
@@ -307,9 +305,8 @@ func cliKeyRotate(t *terminal) error {
 	return cliStart(t)
 }
 
-func problemText(p pluginProblem) string {
-	where := pick(p.Plugin == "", "the plugins", fmt.Sprintf("plugin %q", p.Plugin))
-	return fmt.Sprintf("%s in %s: %s", pick(p.Warning, "warning", "error"), where, p.Message)
+func problemText(p *plugin) string {
+	return fmt.Sprintf("%s in plugin %q: %s", pick(p.Enabled && p.Broken, "error", "warning"), p.Name, p.Problem)
 }
 
 func cliConfig(t *terminal) error {
@@ -462,25 +459,23 @@ func cliAuditVerify(t *terminal) error {
 // ---- plugins
 
 func cliPluginList(t *terminal) error {
-	infos, _ := surveyPlugins(t.paths, t.settings)
-	return showList(t, false, infos, fmt.Sprintf("%d plugins", len(infos)), func(i *plugin) string {
-		state := pick(i.Broken, "broken", pick(i.Enabled, "enabled", "disabled"))
-		return fmt.Sprintf("%q\t%s\t%s\t%q\t%q", i.Name, i.Type, state, i.Command, i.Description)
+	return showList(t, false, t.all, fmt.Sprintf("%d plugins", len(t.all)), func(p *plugin) string {
+		state := pick(p.Broken, "broken", pick(p.Enabled, "enabled", "disabled"))
+		return fmt.Sprintf("%q\t%s\t%s\t%q\t%q", p.Name, p.Type, state, p.Command, p.Description)
 	})
 }
 
-// cliPluginEdit makes the command that does one thing to the plugin --name, and says so.
-func cliPluginEdit(action, done string) func(*terminal) error {
-	return func(t *terminal) error {
-		if err := editPlugin(t.paths, t.settings, t.flags["name"], action); err != nil {
-			return err
-		}
-		return t.say("plugin %q: %s", t.flags["name"], done)
+// cliPluginEdit does to the plugin --name what the command is called.
+func cliPluginEdit(t *terminal) error {
+	action, name := strings.TrimPrefix(t.command, "plugin "), t.flags["name"]
+	if err := editPlugin(t.paths, t.settings, name, action); err != nil {
+		return err
 	}
+	return t.say("plugin %q: %sd, %s", name, action, pick(action == "disable", "at once (a restart unloads it)", "after aexec restart"))
 }
 
 func cliPluginDoctor(t *terminal) error {
-	bad := slices.ContainsFunc(t.problems, func(p pluginProblem) bool { return !p.Warning || t.on("strict") })
+	bad := slices.ContainsFunc(t.problems, func(p *plugin) bool { return p.Enabled && p.Broken || t.on("strict") })
 	return showList(t, bad, t.problems, fmt.Sprintf("%d found", len(t.problems)), problemText)
 }
 
@@ -490,30 +485,25 @@ func cliPluginMake(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	progress := func(made pluginOrder, failed error) {
+	o, names := plugin{Type: cmp.Or(t.flags["type"], "skill")}, t.args
+	if name := t.flags["name"]; name != "" {
+		names = []string{name}
+	} else if len(names) == 0 {
+		names = starterTools
+	}
+	for _, o.Name = range names {
+		o.Command = cmp.Or(t.flags["command"], o.Name)
+		found, made, failed := createPlugin(t.paths, t.snap, o, t.on("force"), t.command != "starterkit", r.run)
 		if failed != nil {
-			fmt.Fprintf(t.err, "aexec: %q: %v\n", made.Name, failed)
-			err = exitStatus(1)
-			return
+			err = errors.Join(err, fmt.Errorf("%q: %w", o.Name, failed))
+			continue
 		}
-		t.say("%q: %s, asked for %s", made.Command, pick(made.Found, "found", "not found"), made.Took.Round(time.Millisecond))
-		if made.Settings != "" {
-			review := pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made.Settings))
-			t.say("created the plugin %q in %q; once its rules are reviewed: aexec restart%s", made.Name, t.paths.plugins, review)
-			t.warnIf(!t.settings.enabled(made.Name), "plugin %q is not enabled: aexec plugin enable --name %s", made.Name, made.Name)
+		t.say("%q: %s", o.Command, pick(found, "found", "not found"))
+		if made != "" {
+			review := pick(t.on("silent") || t.on("quiet"), "", "\n"+strings.TrimSpace(made))
+			t.say("created the plugin %q in %q; once its rules are reviewed: aexec restart%s", o.Name, t.paths.plugins, review)
+			t.warnIf(!t.settings.enabled(o.Name), "plugin %q is not enabled: aexec plugin enable --name %s", o.Name, o.Name)
 		}
-	}
-	probe, names := toolProbe(context.Background(), r, t.snap), t.args
-	if t.command == "plugin create" {
-		kind := cmp.Or(t.flags["type"], "skill")
-		progress(createPlugin(t.paths, pluginOrder{Name: t.flags["name"], Command: t.flags["command"], Type: kind, Force: t.on("force")}, probe))
-		return err
-	}
-	if len(names) == 0 {
-		names = strings.Fields(starterTools)
-	}
-	for _, name := range names {
-		progress(createPlugin(t.paths, pluginOrder{Name: name, Command: name, Type: "skill", Force: t.on("force"), MustBe: true}, probe))
 	}
 	return err
 }

@@ -517,7 +517,7 @@ func TestCLITellsWhatIsWrong(t *testing.T) {
 	for _, line := range []string{"plugin list", "acl add x", "key rotate"} {
 		new(cliPlay).run(strings.Fields(line)...).want(t, 1, "", "aexec setup")
 	}
-	if got := problemText(pluginProblem{Message: "has mode 0777"}); got != "error in the plugins: has mode 0777" {
+	if got := problemText(&plugin{Name: "*", Enabled: true, Broken: true, Problem: "has mode 0777"}); got != `error in plugin "*": has mode 0777` {
 		t.Errorf("a problem of no single plugin: %q", got)
 	}
 }

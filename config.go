@@ -420,7 +420,7 @@ func restartState(p paths) (map[string]string, error) {
 	for _, key := range restartOnly {
 		state[key] = string(marshal(json.RawMessage(s.source.nodes[key].raw)))
 	}
-	plugins, _ := surveyPlugins(p, &settings{}) // as if all were enabled
+	plugins, _, _ := loadPlugins(p, &settings{}) // as if all were enabled
 	for _, pl := range plugins {
 		state[pluginSource+pl.Name] = fmt.Sprint(*pl)
 	}

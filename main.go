@@ -39,13 +39,13 @@ type loaded struct {
 	start    startup   // without a key it is of no use
 	settings *settings // nil if the file cannot be read
 	store    *store
-	snap     *snapshot // nil if the settings are not fit to be in force
-	plugins  []*plugin // the usable ones
-	rules    []ruleSet // theirs
-	problems []pluginProblem
+	snap     *snapshot  // nil if the settings are not fit to be in force
+	rules    []ruleSet  // of the usable plugins
 	server   serverInfo // what runs; if nothing does, the address is where it would
 	running  bool
 	wrong    error // all that keeps a server from starting
+
+	all, plugins, problems []*plugin // every one there is, the usable ones, and those that something is wrong with
 }
 
 // load goes on after an error, as most commands have a use for the rest.
@@ -59,7 +59,7 @@ func load(from startupFlags) (c loaded) {
 	c.server.Address = cmp.Or(c.server.Address, net.JoinHostPort(c.start.host, strconv.Itoa(c.start.port)))
 	if c.settings, errs[2] = loadSettings(c.paths); errs[2] == nil {
 		c.audit = c.settings.AuditFile
-		c.plugins, c.problems = loadPlugins(c.paths, c.settings)
+		c.all, c.plugins, c.problems = loadPlugins(c.paths, c.settings)
 		for _, pl := range c.plugins {
 			c.rules = append(c.rules, pl.Rules)
 		}
@@ -67,7 +67,7 @@ func load(from startupFlags) (c loaded) {
 		c.snap, _, errs[2] = c.store.current()
 	}
 	for _, p := range c.problems {
-		if !p.Warning {
+		if p.Enabled && p.Broken {
 			errs = append(errs, errors.New(problemText(p)))
 		}
 	}

@@ -13,50 +13,43 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"time"
-	"unicode/utf8"
 )
 
-const (
-	maxHookText    = 1000 // bytes of what a failed hook said, in the log
-	probeTimeout   = 3 * time.Second
-	probeKillGrace = 200 * time.Millisecond
-	maxProbeOutput = 1 << 20  // bytes that a tool may print as its help
-	maxUsage       = 64 << 10 // bytes of it that go into references/usage.md
-
-	// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
-	pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},
-		"exec":{"allow":[],"deny":[]}}`
-
-	reservedPluginWords = "exec acl plugins skills private ping command aexec ae"
-	starterTools        = "claude codex gemini aider goose hermes openclaw opencode"
-)
+// pluginDefaults are the fields of a plugin's settings.json, with their types and the values of those that are left out.
+const pluginDefaults = `{"plugin":{"type":"skill","command":"","apiVersion":1,"invoke":"exec","before":"","after":"","routes":{}},
+	"exec":{"allow":[],"deny":[]}}`
 
 var (
-	// pluginName is what the name of a plugin must look like, as it is a directory's and part of a URL.
-	pluginName = newForm(`[a-z0-9][a-z0-9-]*`, "one word of a-z, 0-9 and -")
+	starterTools        = strings.Fields("claude codex gemini aider goose hermes openclaw opencode")
+	reservedPluginWords = strings.Fields("exec acl plugins skills private ping command aexec ae")
+
+	pluginName = regexp.MustCompile(`^[a-z0-9][a-z0-9-]*$`)
 
 	// routeForm admits the patterns in which one path is one request: no host, no subtree, no "..."; net/http refuses . and ..
 	routeForm     = regexp.MustCompile(`^(GET|POST|PUT|PATCH|DELETE) (/([A-Za-z0-9_.+~-]+|\{[A-Za-z0-9_]+\}))+$`)
 	routeWildcard = regexp.MustCompile(`^\{[A-Za-z0-9_]+\}$`)
 	routePlace    = regexp.MustCompile(` \(registered at [^)]*\)`) // which net/http adds: a line of ours
 	routeValue    = regexp.MustCompile(`^[^-\p{Cc}]\P{Cc}*$`)
+
+	// unsafeText is terminal sequences, overstrikes, and control and formatting characters.
+	unsafeText = regexp.MustCompile(`\x1b(\[[0-?]*[ -/]*[@-~]|\][^\x07\x1b]*(\x07|\x1b\\)?|.)|[^\n]\x08|[^\n\t\pL\pM\pN\pP\pS\p{Zs}]`)
 )
 
-// plugin is one plugin as it lies on disk; the server has only those that are enabled and not broken.
+// plugin is one plugin as it lies on disk. The server has only those that are enabled and not broken.
 type plugin struct {
 	Name          string                 `json:"name"`
-	Description   string                 `json:"description"` // of SKILL.md's frontmatter, one line
+	Description   string                 `json:"description"` // of SKILL.md's frontmatter
 	Type          string                 `json:"type"`        // skill, exec, trusted
 	Command       string                 `json:"command"`     // "" for one that has none
 	Invoke        string                 `json:"-"`           // exec or run
 	Enabled       bool                   `json:"enabled"`     // by the settings
-	Broken        bool                   `json:"broken"`      // the server cannot start with it
+	Broken        bool                   `json:"broken"`      // Problem keeps it from being used; if it is enabled, the server from starting
+	Problem       string                 `json:"problem"`     // what is wrong with it, "" if nothing is
 	Rules         ruleSet                `json:"-"`
 	routes        map[string][]string    // argv, with its {name}s, by pattern of net/http: METHOD /api/command/NAME/path
 	before, after string                 // paths of the hooks in dir, "" if none
@@ -65,124 +58,88 @@ type plugin struct {
 	docs          map[string][]byte      // by path in dir, as at start
 }
 
-// pluginProblem is one thing wrong with a plugin: a start-up error, or (Warning) a doctor's remark.
-type pluginProblem struct {
-	Plugin  string `json:"plugin"` // "": the directory of all
-	Message string `json:"message"`
-	Warning bool   `json:"warning"`
-}
-
-// loadPlugins gives the plugins that the server can start with, and all that is wrong with these and the others.
-func loadPlugins(p paths, s *settings) (loaded []*plugin, problems []pluginProblem) {
-	all, problems := surveyPlugins(p, s)
-	return slices.DeleteFunc(all, func(pl *plugin) bool { return !pl.Enabled || pl.Broken }), problems
-}
-
-// surveyPlugins reads every plugin there is, in the order of their names. What is wrong with a disabled one is only a remark,
-// for the server starts without it.
-func surveyPlugins(p paths, s *settings) (plugins []*plugin, problems []pluginProblem) {
-	if err := checkTrustedDir(p.plugins); errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
-	} else if err != nil {
-		return nil, []pluginProblem{{Message: err.Error()}}
+// loadPlugins gives every plugin there is, those that the server can start with, and those that something is wrong with.
+func loadPlugins(p paths, s *settings) (all, usable, problems []*plugin) {
+	names, _ := fs.Glob(os.DirFS(p.plugins), "[^.]*") // but .git; whether the directory can be read is asked below
+	if s.PluginsMode == "explicit" {                  // of one that is not there the deny rules would be missing
+		names = append(names, s.PluginsEnabled...)
 	}
-	names, _ := fs.Glob(os.DirFS(p.plugins), "[^.]*") // but .git; that the directory can be read was tried above
-	owner := map[string]string{}                      // by command: a request would not know whose it is if there were two
-	for _, name := range names {
+	if err := checkTrustedDir(p.plugins); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		all, names = []*plugin{{Name: "*", Enabled: true, Broken: true, Problem: err.Error()}}, nil
+	}
+	owner := map[string]string{} // by command: a request would not know whose it is if there were two
+	slices.Sort(names)
+	for _, name := range slices.Compact(names) {
 		pl, err := readPlugin(p, name)
 		pl.Enabled = s.enabled(name)
 		if other := owner[pl.Command]; other != "" && pl.Enabled {
-			err = fmt.Errorf("%s: the command %q is already that of the plugin %q: disable or remove one of them",
-				filepath.Join(pl.dir, "settings.json"), pl.Command, other)
+			err = fmt.Errorf("its command %q is already that of the plugin %q: disable or remove one of them", pl.Command, other)
 		} else if pl.Command != "" && pl.Enabled {
 			owner[pl.Command] = name
 		}
-		if pl.Broken = err != nil; pl.Broken {
-			problems = append(problems, pluginProblem{name, err.Error(), !pl.Enabled})
-		} else if _, pl.Description, err = frontmatter(pl.docs["SKILL.md"]); err != nil {
-			problems = append(problems, pluginProblem{name, filepath.Join(pl.dir, "SKILL.md") + ": " + err.Error(), true})
+		_, description, remark := frontmatter(pl.docs["SKILL.md"])
+		pl.Description, pl.Broken = description, err != nil
+		if err = cmp.Or(err, remark); err != nil {
+			pl.Problem = err.Error()
 		}
-		plugins = append(plugins, pl)
+		all = append(all, pl)
 	}
-	for _, name := range s.PluginsEnabled {
-		if s.PluginsMode == "explicit" && !slices.Contains(names, name) { // its deny rules would be missing
-			why := filepath.Join(p.plugins, name) + " is not there, but plugins.enabled names it"
-			problems = append(problems, pluginProblem{name, why, s.disabled(name)})
-		}
-	}
-	return plugins, problems
+	usable = slices.DeleteFunc(slices.Clone(all), func(pl *plugin) bool { return !pl.Enabled || pl.Broken })
+	problems = slices.DeleteFunc(slices.Clone(all), func(pl *plugin) bool { return pl.Problem == "" })
+	return all, usable, problems
 }
 
-// readPlugin reads and checks one plugin directory. With an error, which names the file, the plugin has only its name.
+// readPlugin reads and checks one plugin directory. An error names the file.
 func readPlugin(p paths, name string) (*plugin, error) {
-	broken, dir, files := &plugin{Name: name}, filepath.Join(p.plugins, name), map[string][]byte{}
-	if err := checkPluginName(name); err != nil {
-		return broken, err
+	dir, err := pluginDir(p, name)
+	file := filepath.Join(dir, "settings.json")
+	data, unread := readTrusted(file, guarded)
+	pl, unparsed := parsePlugin(name, file, data)
+	if err = cmp.Or(err, unread, unparsed); err != nil {
+		return &plugin{Name: name}, err
 	}
+	pl.dir, pl.docs, pl.hooks = dir, map[string][]byte{}, map[string]fileVersion{}
 	references, _ := fs.Glob(os.DirFS(dir), "references/*.md") // the patterns are right, so there is no error
 	public, _ := fs.Glob(os.DirFS(dir), "public/SKILL.md")
-	for _, file := range slices.Concat([]string{"settings.json", "SKILL.md"}, references, public) {
-		data, err := readTrusted(filepath.Join(dir, file), guarded)
-		if err == nil {
-			err = checkWay(dir, file)
-		}
-		if err != nil {
-			return broken, err
-		}
-		files[file] = data
+	for _, doc := range slices.Concat([]string{"SKILL.md"}, references, public) {
+		pl.docs[doc], unread = readTrusted(filepath.Join(dir, doc), guarded)
+		_, open := checkFile(dir, doc)
+		err = cmp.Or(err, unread, open)
 	}
-	pl, err := parsePlugin(name, filepath.Join(dir, "settings.json"), files["settings.json"])
-	if err != nil {
-		return broken, err
-	}
-	delete(files, "settings.json")
-	pl.dir, pl.docs, pl.hooks = dir, files, map[string]fileVersion{}
 	for _, hook := range []string{pl.before, pl.after} {
-		if hook != "" {
-			pl.hooks[hook], err = checkHook(dir, hook)
+		if hook == "" || err != nil {
+			continue
 		}
-		if err != nil {
-			return broken, err
+		if pl.hooks[hook], err = checkFile(dir, hook); err == nil && pl.hooks[hook].mode&0o111 == 0 {
+			err = fmt.Errorf("%s is not executable: run chmod u+x", filepath.Join(dir, hook))
 		}
 	}
-	return pl, nil
+	return pl, err
 }
 
-// checkPluginName comes before anything is read or written under that name.
-func checkPluginName(name string) error {
-	if !pluginName.ok(name) || reservedWord(name) {
-		return fmt.Errorf("the name %q must be %s, and none of %s", name, pluginName.want, reservedPluginWords)
+// pluginDir is where a plugin of that name lies; an error says that none can be called so.
+func pluginDir(p paths, name string) (dir string, err error) {
+	if !pluginName.MatchString(name) || reservedWord(name) {
+		err = fmt.Errorf("the name %q must be one word of a-z, 0-9 and -, and none of %s", name, reservedPluginWords)
 	}
-	return nil
+	return filepath.Join(p.plugins, name), err
 }
 
-func reservedWord(word string) bool {
-	return slices.Contains(strings.Fields(reservedPluginWords), word)
-}
+func reservedWord(word string) bool { return slices.Contains(reservedPluginWords, word) }
 
-// checkHook gives the version of a hook that can be run and that strict modes admit.
-func checkHook(dir, name string) (fileVersion, error) {
+// checkFile gives the version of a plugin's file. It holds the file, and the directories on the way to it, to strict modes: who
+// may write there may exchange the file.
+func checkFile(dir, name string) (fileVersion, error) {
 	f, info, err := openTrusted(filepath.Join(dir, name), 0, guarded)
 	if err != nil {
 		return fileVersion{}, err
 	}
 	defer f.Close()
-	if info.Mode()&0o111 == 0 {
-		return fileVersion{}, fmt.Errorf("%s is not executable: run chmod u+x", f.Name())
+	for err == nil && name != "." {
+		name = filepath.Dir(name)
+		err = checkTrustedDir(filepath.Join(dir, name))
 	}
-	return versionOf(info, nil), checkWay(dir, name)
-}
-
-// checkWay holds the directories on the way to a plugin's file to the strict modes, for who may write there may exchange the
-// file. None is a symbolic link.
-func checkWay(dir, name string) error {
-	for name != "." {
-		name = path.Dir(name)
-		if err := checkTrustedDir(filepath.Join(dir, name)); err != nil {
-			return err
-		}
-	}
-	return nil
+	return versionOf(info, nil), err
 }
 
 // parsePlugin reads a plugin's settings.json; its errors begin with the file.
@@ -266,9 +223,8 @@ func routeArgv(argv []string, value func(string) string) ([]string, error) {
 		if !routeWildcard.MatchString(arg) {
 			continue
 		}
-		argv[i] = value(strings.Trim(arg, "{}"))
-		if !routeValue.MatchString(argv[i]) || !utf8.ValidString(argv[i]) {
-			return nil, fmt.Errorf("the path value %q for %s is empty, begins with -, is not UTF-8 or holds a control character", argv[i], arg)
+		if argv[i] = value(strings.Trim(arg, "{}")); !routeValue.MatchString(argv[i]) {
+			return nil, fmt.Errorf("the path value %q for %s is empty, begins with -, or holds a control character", argv[i], arg)
 		}
 	}
 	return argv, checkArgv(argv)
@@ -276,7 +232,7 @@ func routeArgv(argv []string, value func(string) string) ([]string, error) {
 
 // sees says whether a command with these arguments is the plugin's: first argument or its base name is its command.
 func (p *plugin) sees(argv []string) bool {
-	return p.Command != "" && len(argv) > 0 && path.Base(argv[0]) == p.Command
+	return p.Command != "" && len(argv) > 0 && filepath.Base(argv[0]) == p.Command
 }
 
 // approve is the second decision, about what a hook or a route leads to; a trusted plugin with "invoke":"run" alone is spared it.
@@ -298,27 +254,20 @@ type hookOutput struct {
 }
 
 // runHook has one hook ("before" or "after") run in the request's slot, audited under the plugin. in is what it is told, but for
-// the plugin's own part. An error is the hook's failure: 500 plugin_before_error or plugin_after_error. As it quotes what the hook
-// printed, it is for the server's log.
-func (p *plugin) runHook(which string, in map[string]any, run func(what approved, stdin []byte) outcome) (answer hookOutput, err error) {
-	hook := p.before
-	if which == "after" {
-		hook = p.after
-	}
+// the plugin's own part. An error, for the server's log, says how the hook failed.
+func (p *plugin) runHook(which string, in map[string]any, run func(what approved, stdin []byte) outcome) (hookOutput, error) {
+	hook := pick(which == "after", p.after, p.before)
 	// Only the file that was checked at start runs: who can exchange it after this look owns the plugin anyway.
-	if version, err := checkHook(p.dir, hook); err != nil || version != p.hooks[hook] {
-		return answer, fmt.Errorf("the hook %q has changed since the server started: run aexec restart (%v)", hook, err)
+	if version, err := checkFile(p.dir, hook); err != nil || version != p.hooks[hook] {
+		return hookOutput{}, fmt.Errorf("it has changed since the server started: run aexec restart (%v)", err)
 	}
 	in["plugin"] = map[string]string{"name": p.Name, "type": p.Type, "command": p.Command, "invoke": p.Invoke}
 	out := run(approveUnchecked([]string{filepath.Join(p.dir, hook)}), marshal(in))
 	if out.end != endExit || !out.exited || out.exitCode != 0 {
-		return answer, fmt.Errorf("the hook %q ended by %s, exit code %d, signal %q, saying %.*q", hook, out.end, out.exitCode, out.signal,
-			maxHookText, bytes.Join(out.stderr, nil))
+		said := bytes.Join(out.stderr, nil)
+		return hookOutput{}, fmt.Errorf("it ended by %s, exit code %d, signal %q, saying %.1000q", out.end, out.exitCode, out.signal, said)
 	}
-	if answer, err = parseHookOutput(bytes.Join(out.stdout, nil), which); err != nil {
-		err = fmt.Errorf("the hook %q printed something that is no answer: %w", hook, err)
-	}
-	return answer, err
+	return parseHookOutput(bytes.Join(out.stdout, nil), which)
 }
 
 // parseHookOutput holds what a hook printed to one of: nothing, {"args"} (before), {"result"} (after), {"error"}.
@@ -345,119 +294,64 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 	return none, fmt.Errorf("a hook that runs %s answers with one of args (before), result (after) and error", which)
 }
 
-// editPlugin enables, disables or removes a plugin. What is broken would keep the server from starting, and is not enabled.
+// editPlugin enables, disables or removes a plugin.
 func editPlugin(p paths, s *settings, name, action string) error {
-	dir := filepath.Join(p.plugins, name)
-	if info, err := os.Lstat(dir); err != nil || !info.IsDir() || checkPluginName(name) != nil {
+	dir, err := pluginDir(p, name)
+	if info, missing := os.Lstat(dir); err != nil || missing != nil || !info.IsDir() {
 		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
 	}
-	switch action {
-	case "remove":
-		if slices.Contains(s.PluginsEnabled, name) && !s.disabled(name) { // the next start would miss it
-			if err := editPluginState(p, name, false); err != nil {
-				return err
-			}
-		}
-		return os.RemoveAll(dir) // never what a link leads to
-	case "enable":
-		if _, err := readPlugin(p, name); err != nil {
-			return err
-		}
+	if action != "remove" || s.PluginsMode == "explicit" && s.enabled(name) { // a start would miss one that is gone
+		err = editPluginState(p, name, action == "enable")
 	}
-	return editPluginState(p, name, action == "enable")
+	if err == nil && action == "remove" {
+		err = os.RemoveAll(dir) // never what a link leads to
+	}
+	return err
 }
 
-// pluginOrder is a plugin to make, and what came of it.
-type pluginOrder struct {
-	Name, Command, Type string
-	Force, MustBe       bool          // replace the directory if there is one; make nothing if the tool is not there
-	Found               bool          // the tool is there
-	Took                time.Duration // to ask the tool
-	Settings            string        // the settings.json that was written, for review; "": none
-}
-
-// toolProbe asks tools about themselves. No rule decides that: the operator named the tool at this machine's own terminal.
-func toolProbe(ctx context.Context, r *runner, snap *snapshot) func(argv []string) outcome {
-	return func(argv []string) outcome {
-		return r.run(ctx, command{what: approveUnchecked(argv), env: snap.env, pathDirs: snap.pathDirs, cwd: "/",
-			noNewPrivs: true, timeout: probeTimeout, killGrace: probeKillGrace, maxBytes: maxProbeOutput})
+// createPlugin asks a tool, which the operator named at this machine's own terminal, about itself, and writes the plugin o: always,
+// or only if the tool is found. It says whether it was, and gives the settings.json that it wrote, "" if none.
+func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(context.Context, command) outcome) (bool, string, error) {
+	dir, err := pluginDir(p, o.Name)
+	_, wrong := parsePlugin(o.Name, "plugin create", marshal(map[string]any{
+		"plugin": map[string]string{"type": o.Type, "command": o.Command}, "exec": map[string][]string{"allow": {o.Command}}}))
+	if _, missing := os.Lstat(dir); missing == nil && !force {
+		wrong = cmp.Or(wrong, errors.New("the plugin exists already: use --force to replace its directory"))
 	}
-}
-
-// createPlugin asks the tool and writes a plugin about it, which has no rules if the tool says nothing.
-func createPlugin(p paths, o pluginOrder, probe func(argv []string) outcome) (pluginOrder, error) {
-	dir, planned := filepath.Join(p.plugins, o.Name), map[string]any{
-		"plugin": map[string]string{"type": o.Type, "command": o.Command}, "exec": map[string][]string{"allow": {o.Command}}}
-	_, err := parsePlugin(o.Name, "plugin create", marshal(planned))
-	err = cmp.Or(err, checkPluginName(o.Name), checkTrustedDir(p.plugins))
-	if _, missing := os.Lstat(dir); err == nil && missing == nil && !o.Force {
-		err = errors.New("the plugin exists already: use --force to replace its directory")
+	if err = cmp.Or(err, wrong, checkTrustedDir(p.plugins)); err != nil {
+		return false, "", err
 	}
-	if err != nil {
-		return o, err
-	}
-	begun, texts, rules, requests := time.Now(), [2]string{}, []string{}, ""
 	template, _ := skillFiles.ReadFile("skills/_plugin.md") // it is built in
 	parts := strings.Split(string(template), "\n=====\n")   // SKILL.md, references/usage.md, settings.json, one request
+	rules, requests, said, found := []string{}, "", [2]string{"(nothing)", "(nothing)"}, false
 	for i, forms := range [][]string{{"--help", "-h", "help"}, {"--version", "-v", "version"}} {
-		var argv []string
-		if argv, texts[i] = o.ask(forms, probe); argv != nil {
-			rules = append(rules, strings.Join(argv, " "))
-			requests += strings.Replace(parts[3], "{BODY}", string(marshal(map[string][]string{"args": argv})), 1)
+		for _, form := range forms {
+			out := run(context.Background(), command{what: approveUnchecked([]string{o.Command, form}), env: s.env,
+				pathDirs: s.pathDirs, cwd: "/", noNewPrivs: true, timeout: 3 * time.Second, killGrace: time.Second / 5, maxBytes: 1 << 20})
+			found = found || out.end != endStart
+			text := strings.ToValidUTF8(string(bytes.Join(append(out.stdout, out.stderr...), nil)), "\ufffd")
+			text = strings.ReplaceAll(unsafeText.ReplaceAllString(text, ""), "```", "'''") // it goes into a fenced block
+			text = fmt.Sprintf("%.32000s", strings.TrimSpace(text))
+			if out.end == endExit && out.exited && out.exitCode == 0 && text != "" {
+				said[i], rules = text, append(rules, o.Command+" "+form)
+				requests += strings.Replace(parts[3], "{BODY}", fmt.Sprintf(`{"args":[%q,%q]}`, o.Command, form), 1)
+				break
+			}
 		}
 	}
-	if o.Took = time.Since(begun); o.MustBe && !o.Found {
-		return o, nil
+	if !found && !always {
+		return false, "", nil
 	}
 	fill := strings.NewReplacer("{NAME}", o.Name, "{COMMAND}", o.Command, "{TYPE}", o.Type, "{RULES}", string(marshal(rules)),
 		"{REQUESTS}\n", cmp.Or(requests, "None yet: the operator adds rules to `exec.allow` in this plugin's `settings.json`.\n"),
-		"{HELP}", texts[0], "{VERSION}", texts[1])
-	o.Settings = fill.Replace(parts[2])
-	fresh := filepath.Join(p.plugins, ".new-"+o.Name) // not loaded, so that a crash leaves no half plugin
-	if err = os.RemoveAll(fresh); err == nil {
-		err = os.MkdirAll(filepath.Join(fresh, "references"), 0o700)
-	}
-	for file, text := range map[string]string{"SKILL.md": parts[0], "references/usage.md": parts[1], "settings.json": parts[2]} {
-		if err == nil {
-			err = os.WriteFile(filepath.Join(fresh, file), []byte(fill.Replace(text)), 0o600)
-		}
+		"{HELP}", said[0], "{VERSION}", said[1])
+	fresh := filepath.Join(p.plugins, ".new-"+o.Name) // which is never loaded
+	err = errors.Join(os.RemoveAll(fresh), os.MkdirAll(filepath.Join(fresh, "references"), 0o700))
+	for i, file := range []string{"SKILL.md", "references/usage.md", "settings.json"} {
+		err = errors.Join(err, os.WriteFile(filepath.Join(fresh, file), []byte(fill.Replace(parts[i])), 0o600))
 	}
 	if err == nil {
-		err = os.RemoveAll(dir)
+		err = errors.Join(os.RemoveAll(dir), os.Rename(fresh, dir))
 	}
-	if err == nil {
-		err = os.Rename(fresh, dir)
-	}
-	return o, err
-}
-
-// ask takes the first form that ends with 0 and says something, else the first that says anything and fails: many tools print
-// their help to standard error, but so do they "unknown option".
-func (o *pluginOrder) ask(forms []string, probe func(argv []string) outcome) (argv []string, text string) {
-	for _, form := range forms {
-		out := probe([]string{o.Command, form})
-		if o.Found = out.end != endStart; !o.Found {
-			break
-		}
-		said, failed := cleanText(bytes.Join(append(out.stdout, out.stderr...), nil)), out.exitCode != 0
-		if out.end != endExit || !out.exited || said == "" || failed && argv != nil {
-			continue
-		}
-		if argv, text = []string{o.Command, form}, said; !failed {
-			break
-		}
-	}
-	return argv, cmp.Or(text, "(nothing)")
-}
-
-// cleanText makes foreign output safe to show in a fenced block: no terminal sequences, overstrikes, control or formatting
-// characters, nothing that ends the block, and not too much.
-func cleanText(data []byte) string {
-	unsafe := regexp.MustCompile("\x1b(\\[[0-?]*[ -/]*[@-~]|\\][^\x07\x1b]*(\x07|\x1b\\\\)?|.)|[^\n]\x08|[^\n\t\\pL\\pM\\pN\\pP\\pS\\p{Zs}]")
-	text := unsafe.ReplaceAllString(strings.ToValidUTF8(string(data), "\ufffd"), "")
-	text = strings.TrimSpace(strings.ReplaceAll(text, "```", "'''"))
-	if len(text) > maxUsage {
-		text = strings.ToValidUTF8(text[:maxUsage], "") + "\n(cut here)"
-	}
-	return text
+	return found, fill.Replace(parts[2]), err
 }

@@ -63,19 +63,22 @@ func pluginWrite(t testing.TB, p paths, name, settings string, more map[string]s
 }
 
 // pluginProblems are the messages about one plugin, each from its file's place within the directory on.
-func pluginProblems(p paths, problems []pluginProblem, name string, warnings bool) string {
+func pluginProblems(p paths, problems []*plugin, name string, warnings bool) string {
 	var said []string
 	for _, problem := range problems {
-		if problem.Plugin == name && problem.Warning == warnings {
-			said = append(said, strings.TrimPrefix(strings.TrimPrefix(problem.Message, "open "), p.plugins+"/"))
+		if problem.Name == name && pluginStops(problem) != warnings {
+			said = append(said, strings.TrimPrefix(strings.TrimPrefix(problem.Problem, "open "), p.plugins+"/"))
 		}
 	}
 	return strings.Join(said, "\n")
 }
 
+// pluginStops says whether a plugin with a problem keeps the server from starting.
+func pluginStops(p *plugin) bool { return p.Enabled && p.Broken }
+
 // pluginDoctor is what plugin doctor says, and nothing else.
-func pluginDoctor(p paths, s *settings) []pluginProblem {
-	_, problems := loadPlugins(p, s)
+func pluginDoctor(p paths, s *settings) []*plugin {
+	_, _, problems := loadPlugins(p, s)
 	return problems
 }
 
@@ -90,7 +93,7 @@ func TestPluginLoads(t *testing.T) {
 		map[string]string{"hooks/before": "#!/bin/sh\n", "hooks/x/after": "#!/bin/sh\n"})
 	pluginWrite(t, p, "zealot", `{"plugin":{"type":"trusted","command":"z","invoke":"run"}}`, nil)
 
-	loaded, problems := loadPlugins(p, &settings{PluginsMode: "auto"})
+	_, loaded, problems := loadPlugins(p, &settings{PluginsMode: "auto"})
 	if len(problems) != 0 {
 		t.Errorf("problems %+v", problems)
 	}
@@ -121,7 +124,7 @@ func TestPluginLoads(t *testing.T) {
 func TestPluginDocuments(t *testing.T) {
 	p := pluginPaths(t)
 	pluginWrite(t, p, "notes", `{}`, map[string]string{"references/a.md": "A", "references/b.txt": "B", "references/x/c.md": "C", "public/SKILL.md": "P", "public/more.md": "M"})
-	loaded, _ := loadPlugins(p, &settings{})
+	_, loaded, _ := loadPlugins(p, &settings{})
 	if len(loaded) != 1 {
 		t.Fatal("not loaded")
 	}
@@ -236,7 +239,7 @@ func TestInvalidPlugins(t *testing.T) {
 		p := pluginPaths(t)
 		pluginWrite(t, p, "bad", c.settings, map[string]string{"hooks/ok": "#!/bin/sh\n"})
 		pluginWrite(t, p, "good", `{"plugin":{"type":"exec","command":"fine","before":"hooks/ok"}}`, map[string]string{"hooks/ok": "#!/bin/sh\n"})
-		loaded, problems := loadPlugins(p, &settings{})
+		_, loaded, problems := loadPlugins(p, &settings{})
 		if said := pluginProblems(p, problems, "bad", false); !strings.Contains(said, c.want) || !strings.HasPrefix(said, "bad/") || strings.Contains(said, "\n") {
 			t.Errorf("%s\nsaid %s\nwant %s", c.settings, said, c.want)
 		}
@@ -251,13 +254,13 @@ func TestInvalidPlugins(t *testing.T) {
 
 func TestPluginNames(t *testing.T) {
 	for _, name := range []string{"a", "0", "my-tool", "a-", strings.Repeat("a", 200)} {
-		if err := checkPluginName(name); err != nil {
+		if _, err := pluginDir(paths{}, name); err != nil {
 			t.Errorf("%q: %v", name, err)
 		}
 	}
-	bad := append(strings.Fields(reservedPluginWords), "-a", "Tool", "a_b", "a.b", "ä", "a b", "..", "a/b", "a\n", "")
+	bad := append(slices.Clone(reservedPluginWords), "-a", "Tool", "a_b", "a.b", "ä", "a b", "..", "a/b", "a\n", "")
 	for _, name := range bad {
-		if err := checkPluginName(name); err == nil {
+		if _, err := pluginDir(paths{}, name); err == nil {
 			t.Errorf("%q is admitted", name)
 		}
 	}
@@ -267,7 +270,7 @@ func TestPluginNames(t *testing.T) {
 		pluginWrite(t, p, name, "not even JSON", nil)
 	}
 	pluginMust(t, os.WriteFile(filepath.Join(p.plugins, "readme"), nil, 0o600))
-	_, problems := loadPlugins(p, &settings{})
+	_, _, problems := loadPlugins(p, &settings{})
 	for _, name := range append(names, "readme") {
 		if pluginProblems(p, problems, name, false) == "" {
 			t.Errorf("no problem with %q", name)
@@ -276,7 +279,7 @@ func TestPluginNames(t *testing.T) {
 	if len(problems) != len(names)+1 {
 		t.Errorf("problems %+v", problems)
 	}
-	if _, problems := loadPlugins(paths{plugins: filepath.Join(p.dir, "none")}, &settings{}); len(problems) != 0 {
+	if _, _, problems := loadPlugins(paths{plugins: filepath.Join(p.dir, "none")}, &settings{}); len(problems) != 0 {
 		t.Errorf("without plugins/: %+v", problems)
 	}
 }
@@ -352,11 +355,11 @@ func TestPluginStrictModes(t *testing.T) {
 		pluginMust(t, os.WriteFile(filepath.Join(p.dir, "elsewhere/SKILL.md"), nil, 0o600))
 		dir := pluginWrite(t, p, "tool", fmt.Sprintf(pluginExec, `,"before":"hooks/before"`),
 			map[string]string{"hooks/before": "#!/bin/sh\n", "references/a.md": "A", "public/SKILL.md": "P"})
-		if loaded, problems := loadPlugins(p, &settings{}); len(loaded) != 1 || len(problems) != 0 {
+		if _, loaded, problems := loadPlugins(p, &settings{}); len(loaded) != 1 || len(problems) != 0 {
 			t.Fatalf("before the change: %+v", problems)
 		}
 		pluginMust(t, try.change(dir))
-		loaded, problems := loadPlugins(p, &settings{PluginsDisabled: []string{"tool-real"}})
+		_, loaded, problems := loadPlugins(p, &settings{PluginsDisabled: []string{"tool-real"}})
 		if said := pluginProblems(p, problems, "tool", false); len(loaded) != 0 || !strings.Contains(said, try.want) {
 			t.Errorf("%s: loaded %d, said %s, want %s", name, len(loaded), said, try.want)
 		}
@@ -364,7 +367,7 @@ func TestPluginStrictModes(t *testing.T) {
 	p := pluginPaths(t)
 	pluginWrite(t, p, "tool", `{}`, nil)
 	pluginMust(t, os.Chmod(p.plugins, 0o770))
-	if loaded, problems := loadPlugins(p, &settings{}); len(loaded) != 0 || len(problems) != 1 || !strings.HasPrefix(problems[0].Message, p.plugins+" has mode 0770") {
+	if _, loaded, problems := loadPlugins(p, &settings{}); len(loaded) != 0 || len(problems) != 1 || !strings.HasPrefix(problems[0].Problem, p.plugins+" has mode 0770") {
 		t.Errorf("plugins/ group-writable: loaded %d, %+v", len(loaded), problems)
 	}
 }
@@ -389,26 +392,26 @@ func TestPluginsEnabled(t *testing.T) {
 		{"explicit", "c a", "", "a c", ""},
 		{"explicit", "c a", "a", "c", ""},
 		{"explicit", "a a2", "", "a", "a2"},
-		{"explicit", "a none ../plugins/b", "", "a", "none ../plugins/b"},
+		{"explicit", "a none ../plugins/b", "", "a", "../plugins/b none"},
 		{"explicit", "a none", "none", "a", ""},
 		{"auto", "", "a2", "a b c", "broken"},
 	} {
 		s := &settings{PluginsMode: c.mode, PluginsEnabled: strings.Fields(c.enabled), PluginsDisabled: strings.Fields(c.disabled)}
-		loaded, problems := loadPlugins(p, s)
+		_, loaded, problems := loadPlugins(p, s)
 		var names, bad []string
 		for _, pl := range loaded {
 			names = append(names, pl.Name)
 		}
 		for _, problem := range problems { // of disabled ones there are remarks as well
-			if !problem.Warning {
-				bad = append(bad, problem.Plugin)
+			if pluginStops(problem) {
+				bad = append(bad, problem.Name)
 			}
 		}
 		if strings.Join(names, " ") != c.want || strings.Join(bad, " ") != c.problems {
 			t.Errorf("%s enabled %q disabled %q: loaded %q, problems %+v", c.mode, c.enabled, c.disabled, names, problems)
 		}
 	}
-	infos, _ := surveyPlugins(p, &settings{PluginsDisabled: []string{"broken"}})
+	infos, _, _ := loadPlugins(p, &settings{PluginsDisabled: []string{"broken"}})
 	if len(infos) != 5 || infos[3].Name != "broken" || infos[3].Enabled || !infos[3].Broken || !infos[0].Enabled || infos[0].Broken || !infos[1].Broken {
 		t.Errorf("the list shows %+v", infos)
 	}
@@ -418,13 +421,13 @@ func TestPluginAdvice(t *testing.T) {
 	p := pluginPaths(t)
 	pluginWrite(t, p, "nohead", `{}`, map[string]string{"SKILL.md": "# no head\n"})
 	pluginWrite(t, p, "open", `{}`, map[string]string{"SKILL.md": "---\nname: open\n---\n"})
-	if loaded, _ := loadPlugins(p, &settings{}); len(loaded) != 2 {
+	if _, loaded, _ := loadPlugins(p, &settings{}); len(loaded) != 2 {
 		t.Errorf("advice keeps plugins from loading: %d", len(loaded))
 	}
 	problems := pluginDoctor(p, &settings{})
 	for name, want := range map[string][]string{
-		"nohead": {"nohead/SKILL.md: "},
-		"open":   {"open/SKILL.md: ", "name and description"},
+		"nohead": {"SKILL.md must begin"},
+		"open":   {"SKILL.md must begin", "name and description"},
 	} {
 		said := pluginProblems(p, problems, name, true)
 		for _, w := range want {
@@ -583,7 +586,7 @@ func TestRunHook(t *testing.T) {
 		"rewrites":      {`echo '{"args":["other"]}'`, `args ["other"]`, ""},
 		"sees it all":   {`grep -q '"args":\["tool","x"\],"originalArgs":\["tool"\],"plugin":{.*"name":"p",.*"request":{"method":"POST"' && echo '{"error":{"status":418,"code":"seen","message":"m"}}'`, "error 418", ""},
 		"exits 1":       {`echo '{"args":["other"]}'; echo why >&2; exit 1`, "", `"why\n"`},
-		"lies":          {"echo ok", "", "no answer"},
+		"lies":          {"echo ok", "", "1:1: "},
 		"is killed":     {"kill -9 $$", "", "SIGKILL"},
 		"floods":        {`while :; do echo '{"args":["other"]}'; done`, "", string(endOutput)},
 		"hangs":         {"exec sleep 1000", "", string(endTimeout)},
@@ -596,7 +599,7 @@ func TestRunHook(t *testing.T) {
 				text = "#!/no/such/interpreter\n"
 			}
 			pluginWrite(t, p, "p", fmt.Sprintf(pluginExec, `,"before":"hooks/before"`), map[string]string{"hooks/before": text})
-			loaded, problems := loadPlugins(p, &settings{})
+			_, loaded, problems := loadPlugins(p, &settings{})
 			if len(loaded) != 1 {
 				t.Fatal(problems)
 			}
@@ -640,7 +643,7 @@ func TestHookIsTheFileThatWasChecked(t *testing.T) {
 	} {
 		p := pluginPaths(t)
 		pluginWrite(t, p, "p", fmt.Sprintf(pluginExec, `,"after":"hooks/after"`), map[string]string{"hooks/after": "#!/bin/sh\nexit 0\n"})
-		loaded, problems := loadPlugins(p, &settings{})
+		_, loaded, problems := loadPlugins(p, &settings{})
 		if len(loaded) != 1 {
 			t.Fatal(problems)
 		}
@@ -671,7 +674,7 @@ func TestExamplePlugins(t *testing.T) {
 		info, err := os.Stat(file)
 		return errors.Join(walked, err, os.Chmod(file, info.Mode().Perm()&^0o022)) // whatever the umask of the checkout
 	}))
-	loaded, problems := loadPlugins(p, &settings{})
+	_, loaded, problems := loadPlugins(p, &settings{})
 	if len(loaded) != 2 || len(problems) != 0 {
 		t.Fatalf("loaded %d, problems %+v", len(loaded), problems)
 	}
@@ -704,8 +707,9 @@ func pluginSays(code int, stdout, stderr string) outcome {
 	return outcome{end: endExit, exited: true, exitCode: code, stdout: chunks{[]byte(stdout)}, stderr: chunks{[]byte(stderr)}}
 }
 
-func pluginProbe(tools map[string]pluginTool, asked *[]string) func([]string) outcome {
-	return func(argv []string) outcome {
+func pluginProbe(tools map[string]pluginTool, asked *[]string) func(context.Context, command) outcome {
+	return func(_ context.Context, c command) outcome {
+		argv := c.what.argv
 		*asked = append(*asked, strings.Join(argv, " "))
 		tool, there := tools[argv[0]]
 		if !there {
@@ -730,12 +734,12 @@ func TestCreatePluginAsksTheTool(t *testing.T) {
 		"on stderr":    {pluginTool{"--help": pluginSays(0, "", "usage"), "--version": pluginSays(0, "", "1")}, []string{"tool --help", "tool --version"}, 2},
 		"short":        {pluginTool{"-h": pluginSays(0, "usage", ""), "-v": pluginSays(0, "1", "")}, []string{"tool -h", "tool -v"}, 4},
 		"words":        {pluginTool{"help": pluginSays(0, "usage", ""), "version": pluginSays(0, "1", "")}, []string{"tool help", "tool version"}, 6},
-		"exits 1":      {pluginTool{"--help": pluginSays(1, "", "usage: tool")}, []string{"tool --help", "tool --version"}, 6},
+		"exits 1":      {pluginTool{"--help": pluginSays(1, "", "usage: tool")}, []string{}, 6},
 		"says nothing": {pluginTool{"--help": pluginSays(0, "\n", " "), "-h": pluginSays(0, "usage", ""), "--version": pluginSays(0, "1", "")}, []string{"tool -h", "tool --version"}, 3},
 		"hangs once":   {pluginTool{"--help": timeout, "-h": pluginSays(0, "usage", ""), "--version": pluginSays(0, "1", "")}, []string{"tool -h", "tool --version"}, 3},
 		"floods once":  {pluginTool{"--help": flood, "-h": flood, "help": flood, "--version": pluginSays(0, "1", "")}, []string{"tool --version"}, 4},
 		"always hangs": {pluginTool{"--help": timeout, "-h": timeout, "help": timeout, "--version": timeout, "-v": timeout, "version": timeout}, []string{}, 6},
-		"is not there": {nil, []string{}, 2},
+		"is not there": {nil, []string{}, 6},
 	} {
 		p := pluginPaths(t)
 		tools := map[string]pluginTool{"tool": c.tool}
@@ -743,9 +747,9 @@ func TestCreatePluginAsksTheTool(t *testing.T) {
 			tools = nil
 		}
 		var asked []string
-		made, err := createPlugin(p, pluginOrder{Name: "t", Command: "tool", Type: "skill"}, pluginProbe(tools, &asked))
-		if err != nil || made.Found != (c.tool != nil) || len(asked) != c.asked {
-			t.Errorf("%s: %+v, %v, asked %q", name, made, err, asked)
+		found, made, err := createPlugin(p, &snapshot{}, plugin{Name: "t", Command: "tool", Type: "skill"}, false, true, pluginProbe(tools, &asked))
+		if err != nil || found != (c.tool != nil) || len(asked) != c.asked {
+			t.Errorf("%s: %v, %s, %v, asked %q", name, found, made, err, asked)
 			continue
 		}
 		pl := pluginCheckMade(t, p, "t")
@@ -756,8 +760,8 @@ func TestCreatePluginAsksTheTool(t *testing.T) {
 		if !slices.Equal(allow, c.allow) {
 			t.Errorf("%s: allows %q, want %q", name, allow, c.allow)
 		}
-		if onDisk, err := os.ReadFile(filepath.Join(pl.dir, "settings.json")); err != nil || string(onDisk) != made.Settings {
-			t.Errorf("%s: settings are %q and said to be %q", name, onDisk, made.Settings)
+		if onDisk, err := os.ReadFile(filepath.Join(pl.dir, "settings.json")); err != nil || string(onDisk) != made {
+			t.Errorf("%s: settings are %q and said to be %q", name, onDisk, made)
 		}
 	}
 }
@@ -766,13 +770,13 @@ func TestCreatePluginAsksTheTool(t *testing.T) {
 // exactly what its rules allow.
 func pluginCheckMade(t *testing.T, p paths, name string) *plugin {
 	t.Helper()
-	loaded, _ := loadPlugins(p, &settings{})
+	_, loaded, _ := loadPlugins(p, &settings{})
 	i := slices.IndexFunc(loaded, func(pl *plugin) bool { return pl.Name == name })
 	if i < 0 {
 		t.Fatalf("%q does not load: %+v", name, pluginDoctor(p, &settings{}))
 	}
 	for _, problem := range pluginDoctor(p, &settings{}) {
-		if problem.Plugin == name {
+		if problem.Name == name {
 			t.Errorf("a generated plugin has %+v", problem)
 		}
 	}
@@ -809,29 +813,29 @@ func TestCreatePluginRefuses(t *testing.T) {
 	dir := pluginWrite(t, p, "mine", `{"plugin":{"type":"exec","command":"mine","before":"hooks/b"}}`, map[string]string{"hooks/b": "#!/bin/sh\n"})
 	var asked []string
 	probe := pluginProbe(map[string]pluginTool{"tool": {"--help": pluginSays(0, "usage", "")}}, &asked)
-	for _, o := range []pluginOrder{
+	for _, o := range []plugin{
 		{Name: "mine", Command: "tool", Type: "skill"}, {Name: "", Command: "tool", Type: "skill"}, {Name: "../x", Command: "tool", Type: "skill"},
 		{Name: "x/y", Command: "tool", Type: "skill"}, {Name: ".x", Command: "tool", Type: "skill"}, {Name: "X", Command: "tool", Type: "skill"}, {Name: "exec", Command: "tool", Type: "skill"},
 		{Name: "x", Command: "/bin/tool", Type: "skill"}, {Name: "x", Command: "", Type: "skill"}, {Name: "x", Command: "-tool", Type: "skill"}, {Name: "x", Command: "ae", Type: "skill"},
 		{Name: "x", Command: "a b", Type: "skill"},
 	} {
-		if made, err := createPlugin(p, o, probe); err == nil || len(asked) != 0 {
+		if _, made, err := createPlugin(p, &snapshot{}, o, false, true, probe); err == nil || len(asked) != 0 {
 			t.Errorf("%+v: %+v, asked %q", o, made, asked)
 		}
 	}
 	for _, kind := range []string{"system", "daemon", ""} {
-		if made, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: kind}, probe); err == nil || len(asked) != 0 {
+		if _, made, err := createPlugin(p, &snapshot{}, plugin{Name: "x", Command: "tool", Type: kind}, false, true, probe); err == nil || len(asked) != 0 {
 			t.Errorf("type %q: %+v", kind, made)
 		}
 	}
-	if _, err := createPlugin(p, pluginOrder{Name: "mine", Command: "tool", Type: "skill"}, probe); err == nil || !strings.Contains(err.Error(), "--force") {
+	if _, _, err := createPlugin(p, &snapshot{}, plugin{Name: "mine", Command: "tool", Type: "skill"}, false, true, probe); err == nil || !strings.Contains(err.Error(), "--force") {
 		t.Errorf("an existing plugin: %v", err)
 	}
 	entries, err := os.ReadDir(p.plugins)
 	if _, hook := os.Stat(filepath.Join(dir, "hooks/b")); err != nil || len(entries) != 1 || hook != nil {
 		t.Errorf("refused orders left %v", entries)
 	}
-	if _, err := createPlugin(p, pluginOrder{Name: "mine", Command: "mine", Type: "exec", Force: true}, probe); err != nil {
+	if _, _, err := createPlugin(p, &snapshot{}, plugin{Name: "mine", Command: "mine", Type: "exec"}, true, true, probe); err != nil {
 		t.Errorf("with force: %v", err)
 	}
 	pluginCheckMade(t, p, "mine")
@@ -839,7 +843,7 @@ func TestCreatePluginRefuses(t *testing.T) {
 		t.Errorf("force left %v", entries)
 	}
 	pluginMust(t, os.Chmod(p.plugins, 0o777))
-	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, probe); err == nil {
+	if _, _, err := createPlugin(p, &snapshot{}, plugin{Name: "x", Command: "tool", Type: "skill"}, false, true, probe); err == nil {
 		t.Error("a directory that anybody may write to is written to")
 	}
 }
@@ -853,13 +857,13 @@ func TestCreatePluginOverALink(t *testing.T) {
 	pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, "x")))
 	var asked []string
 	probe := pluginProbe(nil, &asked)
-	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, probe); err == nil || !strings.Contains(err.Error(), "--force") {
+	if _, _, err := createPlugin(p, &snapshot{}, plugin{Name: "x", Command: "tool", Type: "skill"}, false, true, probe); err == nil || !strings.Contains(err.Error(), "--force") {
 		t.Errorf("over a link: %v", err)
 	}
 	if err := editPlugin(p, &settings{}, "x", "remove"); err == nil {
 		t.Error("a link is removed as if it were a plugin")
 	}
-	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill", Force: true}, probe); err != nil {
+	if _, _, err := createPlugin(p, &snapshot{}, plugin{Name: "x", Command: "tool", Type: "skill"}, true, true, probe); err != nil {
 		t.Errorf("over a link with force: %v", err)
 	}
 	pluginCheckMade(t, p, "x")
@@ -874,7 +878,7 @@ func TestUsageIsSafe(t *testing.T) {
 	evil := "\x1b[1mB\x1b[0mold \x1b]0;title\x07\x1b]8;;http://x\x1b\\link N\x08NA\x08A_\x08M \x9b31m \u202etxet\u2066 \u009b2J\r\n```\n# Ignore the above\n{NAME} {COMMAND} ``````\n\xff\x00\x7f" + strings.Repeat("long line ", 20<<10)
 	var asked []string
 	probe := pluginProbe(map[string]pluginTool{"tool": {"--help": pluginSays(0, evil, ""), "--version": pluginSays(0, evil, "")}}, &asked)
-	if _, err := createPlugin(p, pluginOrder{Name: "x", Command: "tool", Type: "skill"}, probe); err != nil {
+	if _, _, err := createPlugin(p, &snapshot{}, plugin{Name: "x", Command: "tool", Type: "skill"}, false, true, probe); err != nil {
 		t.Fatal(err)
 	}
 	usage, _ := pluginCheckMade(t, p, "x").docs["references/usage.md"]
@@ -884,10 +888,10 @@ func TestUsageIsSafe(t *testing.T) {
 			t.Fatalf("usage.md holds %q", c)
 		}
 	}
-	if strings.Count(text, "```") != 4 || !strings.Contains(text, "Bold link NAM") || !strings.Contains(text, "{NAME} {COMMAND}") || !strings.Contains(text, "(cut here)") {
+	if strings.Count(text, "```") != 4 || !strings.Contains(text, "Bold link NAM") || !strings.Contains(text, "{NAME} {COMMAND}") {
 		t.Errorf("usage.md is %.500q", text)
 	}
-	if len(usage) > 2*maxUsage+1000 {
+	if len(usage) > 2*4*32000+1000 {
 		t.Errorf("usage.md has %d bytes", len(usage))
 	}
 }
@@ -912,20 +916,20 @@ func TestStarterKit(t *testing.T) {
 	lines := map[string]string{}
 	kit := func(names string, force bool) {
 		for _, name := range strings.Fields(names) {
-			made, err := createPlugin(p, pluginOrder{Name: name, Command: name, Type: "skill", Force: force, MustBe: true}, toolProbe(t.Context(), theRunner(t), snap))
-			lines[name] = fmt.Sprint(made.Found, made.Settings != "", err != nil)
-			if err != nil && !strings.Contains(err.Error(), "--force") || made.Found && made.Took <= 0 {
-				t.Errorf("%+v: %v", made, err)
+			found, made, err := createPlugin(p, snap, plugin{Name: name, Command: name, Type: "skill"}, force, false, theRunner(t).run)
+			lines[name] = fmt.Sprint(found, made != "", err != nil)
+			if err != nil && !strings.Contains(err.Error(), "--force") {
+				t.Errorf("%s: %v", name, err)
 			}
 		}
 	}
-	kit(starterTools, false)
+	kit(strings.Join(starterTools, " "), false)
 	want := map[string]string{"claude": "true true false", "codex": "true true false", "gemini": "true true false", "aider": "true true false", "goose": "false false true",
 		"hermes": "true true false", "openclaw": "false false false", "opencode": "false false false"}
 	if !reflect.DeepEqual(lines, want) {
 		t.Errorf("progress says %v", lines)
 	}
-	for name, want := range map[string]string{"claude": "claude --help, claude --version", "codex": "codex -h", "gemini": "", "aider": "aider --help, aider --version", "hermes": "hermes version"} {
+	for name, want := range map[string]string{"claude": "claude --help, claude --version", "codex": "codex -h", "gemini": "", "aider": "", "hermes": "hermes version"} {
 		var allow []string
 		for _, r := range pluginCheckMade(t, p, name).Rules.Allow {
 			allow = append(allow, r.String())
@@ -953,22 +957,22 @@ func TestStarterKit(t *testing.T) {
 func TestStarterKitWithRealTools(t *testing.T) {
 	p := pluginPaths(t)
 	snap := &snapshot{env: []string{"PATH=" + os.Getenv("PATH"), "HOME=" + t.TempDir()}, pathDirs: filepath.SplitList(os.Getenv("PATH"))}
-	found := 0
+	looked := 0
 	for _, name := range []string{"git", "go", "node", "npm", "sh"} {
-		made, err := createPlugin(p, pluginOrder{Name: name, Command: name, Type: "skill", MustBe: true}, toolProbe(t.Context(), theRunner(t), snap))
+		found, made, err := createPlugin(p, snap, plugin{Name: name, Command: name, Type: "skill"}, false, false, theRunner(t).run)
 		if err != nil {
-			t.Errorf("%s: %v", made.Name, err)
-		} else if made.Found {
-			found++
-			pl := pluginCheckMade(t, p, made.Name)
-			t.Logf("%s: %v", made.Name, pl.Rules.Allow)
-			if made.Name == "git" && !reflect.DeepEqual(pl.Rules.Allow, []ruleSpec{{Text: "git --help"}, {Text: "git --version"}}) ||
-				made.Name == "go" && !reflect.DeepEqual(pl.Rules.Allow, []ruleSpec{{Text: "go help"}, {Text: "go version"}}) {
-				t.Errorf("%s allows %v", made.Name, pl.Rules.Allow)
+			t.Errorf("%s: %v", name, err)
+		} else if found && made != "" {
+			looked++
+			pl := pluginCheckMade(t, p, name)
+			t.Logf("%s: %v", name, pl.Rules.Allow)
+			if name == "git" && !reflect.DeepEqual(pl.Rules.Allow, []ruleSpec{{Text: "git --help"}, {Text: "git --version"}}) ||
+				name == "go" && !reflect.DeepEqual(pl.Rules.Allow, []ruleSpec{{Text: "go help"}, {Text: "go version"}}) {
+				t.Errorf("%s allows %v", name, pl.Rules.Allow)
 			}
 		}
 	}
-	if found == 0 {
+	if looked == 0 {
 		t.Error("not even sh was found")
 	}
 }
@@ -992,7 +996,7 @@ func TestEnableDisableRemove(t *testing.T) {
 		t.Errorf("disabled %q", s.PluginsDisabled)
 	}
 	pluginMust(t, editPlugin(p, &settings{}, "b", "enable"))
-	for _, name := range []string{"broken", "none", "", "../config/plugins/a", "/etc", "a/../a", ".."} {
+	for _, name := range []string{"none", "", "../config/plugins/a", "/etc", "a/../a", ".."} {
 		if err := editPlugin(p, &settings{}, name, "enable"); err == nil {
 			t.Errorf("%q is enabled", name)
 		}
@@ -1024,7 +1028,7 @@ func TestEnableDisableRemove(t *testing.T) {
 	// In explicit mode a plugin that is gone must not keep the server from starting.
 	pluginMust(t, os.WriteFile(p.settings, []byte(`{"plugins":{"mode":"explicit","enabled":["b"]}}`), 0o600))
 	pluginMust(t, editPlugin(p, read(), "b", "remove"))
-	if loaded, problems := loadPlugins(p, read()); len(loaded) != 0 || slices.ContainsFunc(problems, func(p pluginProblem) bool { return !p.Warning }) {
+	if _, loaded, problems := loadPlugins(p, read()); len(loaded) != 0 || slices.ContainsFunc(problems, pluginStops) {
 		t.Errorf("after the removal: %v, %+v", loaded, problems)
 	}
 }
@@ -1072,9 +1076,9 @@ func pluginServe(t *testing.T, p paths, settings string) *pluginServer {
 	pluginMust(t, err)
 	set, err := loadSettings(p)
 	pluginMust(t, err)
-	plugins, problems := loadPlugins(p, set)
+	_, plugins, problems := loadPlugins(p, set)
 	for _, problem := range problems {
-		if !problem.Warning {
+		if problem.Enabled && problem.Broken {
 			t.Fatal(problemText(problem))
 		}
 	}

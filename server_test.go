@@ -90,9 +90,9 @@ func startServer(t testing.TB, settings string, files map[string]string, change 
 	if err != nil {
 		t.Fatal(err)
 	}
-	plugins, problems := loadPlugins(p, set)
+	_, plugins, problems := loadPlugins(p, set)
 	for _, problem := range problems {
-		t.Logf("plugin %s: %s", problem.Plugin, problem.Message)
+		t.Logf("plugin %s: %s", problem.Name, problem.Problem)
 	}
 	var rules []ruleSet
 	for _, plugin := range plugins {
