@@ -474,7 +474,7 @@ func (c *call) answer(result map[string]any) {
 		shown = chunks{[]byte(text)}
 	case c.out.end == endStart:
 		shown = chunks{[]byte(last.Message + "\n")}
-	case len(shown) == 0:
+	case c.out.stdoutBytes == 0:
 		shown = c.out.stderr
 	}
 	if c.out.signalNumber > 0 {

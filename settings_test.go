@@ -80,7 +80,7 @@ func TestSettingsErrors(t *testing.T) {
 		`{"exec":{"cwd":"tmp"}}`, `{"exec":{"cwd":"~/x\u001b"}}`, `{"exec":{"cwd":null}}`, `{"exec":{"user":1}}`, `{"audit":{"file":"audit.jsonl"}}`, `{"audit":{"enabled":"yes"}}`,
 		`{"exec":{"env":{"keep":[""]}}}`, `{"exec":{"env":{"keep":["A*B"]}}}`, `{"exec":{"env":{"keep":["A=B"]}}}`, `{"exec":{"env":{"keep":"A"}}}`,
 		`{"exec":{"env":{"set":{"":"x"}}}}`, `{"exec":{"env":{"set":{"A=B":"x"}}}}`, `{"exec":{"env":{"set":{"A":1}}}}`, `{"exec":{"env":{"set":{"A":"\u0000"}}}}`, `{"exec":{"env":{"set":["A=1"]}}}`,
-		`{"ip":{"allow":"localhost"}}`, `{"ip":{"allow":""}}`, `{"ip":{"allow":["1.2.3"]}}`, `{"ip":{"allow":["10.0.0.0/33"]}}`, `{"ip":{"deny":["fe80::1%eth0"]}}`, `{"ip":{"deny":["fe80::1%eth0/64"]}}`, `{"ip":{"deny":["::ffff:0.0.0.0/90"]}}`, `{"ip":{"deny":[1]}}`, `{"ip":{"deny":{}}}`, `{"ip":{"allow":null}}`, `{"ip":{"allow":["10.0.0.0/08"]}}`, `{"ip":{"allow":["127.0.0.1:80"]}}`,
+		`{"ip":{"allow":"localhost"}}`, `{"ip":{"allow":""}}`, `{"ip":{"allow":["1.2.3"]}}`, `{"ip":{"allow":["10.0.0.0/33"]}}`, `{"ip":{"deny":["fe80::1%eth0"]}}`, `{"ip":{"deny":["fe80::1%eth0/64"]}}`, `{"ip":{"deny":["::ffff:0.0.0.0/90"]}}`, `{"ip":{"deny":[1]}}`, `{"ip":{"deny":[["10.0.0.1"]]}}`, `{"ip":{"deny":["10.0.0.1",[]]}}`, `{"ip":{"deny":{}}}`, `{"ip":{"allow":null}}`, `{"ip":{"allow":["10.0.0.0/08"]}}`, `{"ip":{"allow":["127.0.0.1:80"]}}`,
 		`{"plugins":{"mode":"all"}}`, `{"plugins":{"enabled":"x"}}`,
 		`{"timeoutMs":"1"}`, `{"timeoutMs":1.5}`, `{"timeoutMs":1e3}`, `{"timeoutMs":-1}`, `{"timeoutMs":0}`, `{"timeoutMs":1000000000001}`, `{"timeoutMs":99999999999999999999}`, `{"timeoutMs":null}`, `{"timeoutMs":1,}`,
 	} {
