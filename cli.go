@@ -5,7 +5,6 @@ package main
 
 import (
 	"cmp"
-	"embed"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -22,49 +21,38 @@ import (
 	"unicode/utf8"
 )
 
-//go:embed skills/_help.txt
-var helpFile embed.FS
-
 // cliCommand is one command; its flags and arguments are those that its help shows.
 type cliCommand struct {
 	run   func(t *terminal) error
-	needs need
-	reads bool // it works beneath a server's own command too
+	needs string // settings that can be read, or a policy: settings that are also fit to be in force
+	reads bool   // it works beneath a server's own command too
 }
-
-type need int
-
-const (
-	nothing    need = iota
-	ofSettings      // a settings.json that can be read
-	ofPolicy        // and is fit to be in force
-)
 
 // cliCommands is the whole surface. What has a help, and no line here, is a group of them.
 var cliCommands = map[string]cliCommand{
-	"setup":          {cliSetup, nothing, false},
-	"start":          {cliStart, nothing, false},
-	"stop":           {cliStop, nothing, false},
-	"restart":        {cliStart, nothing, false},
-	"status":         {cliStatus, nothing, true},
-	"config":         {cliConfig, nothing, false},
-	"share":          {cliShare, nothing, false},
-	"key rotate":     {cliKeyRotate, nothing, false},
-	"acl list":       {cliACLList, ofPolicy, true},
-	"acl check":      {cliACLCheck, ofPolicy, true},
-	"acl doctor":     {cliACLDoctor, ofPolicy, false},
-	"acl add":        {cliACLEdit, nothing, false},
-	"acl remove":     {cliACLEdit, nothing, false},
-	"audit":          {cliAudit, nothing, false},
-	"audit verify":   {cliAuditVerify, nothing, true},
-	"plugin list":    {cliPluginList, ofSettings, true},
-	"plugin create":  {cliPluginMake, ofPolicy, false},
-	"plugin enable":  {cliPluginEdit, ofSettings, false},
-	"plugin disable": {cliPluginEdit, ofSettings, false},
-	"plugin remove":  {cliPluginEdit, ofSettings, false},
-	"plugin doctor":  {cliPluginDoctor, ofSettings, false},
-	"starterkit":     {cliPluginMake, ofPolicy, false},
-	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, nothing, true},
+	"setup":          {cliSetup, "", false},
+	"start":          {cliStart, "", false},
+	"stop":           {cliStop, "", false},
+	"restart":        {cliStart, "", false},
+	"status":         {cliStatus, "", true},
+	"config":         {cliConfig, "", false},
+	"share":          {cliShare, "", false},
+	"key rotate":     {cliKeyRotate, "", false},
+	"acl list":       {cliACLList, "policy", true},
+	"acl check":      {cliACLCheck, "policy", true},
+	"acl doctor":     {cliACLDoctor, "policy", false},
+	"acl add":        {cliACLEdit, "settings", false},
+	"acl remove":     {cliACLEdit, "settings", false},
+	"audit":          {cliAudit, "", false},
+	"audit verify":   {cliAuditVerify, "", true},
+	"plugin list":    {cliPluginList, "settings", true},
+	"plugin create":  {cliPluginMake, "policy", false},
+	"plugin enable":  {cliPluginEdit, "settings", false},
+	"plugin disable": {cliPluginEdit, "settings", false},
+	"plugin remove":  {cliPluginEdit, "settings", false},
+	"plugin doctor":  {cliPluginDoctor, "settings", false},
+	"starterkit":     {cliPluginMake, "policy", false},
+	"version":        {func(t *terminal) error { return t.say("agent-exec %s", version) }, "", true},
 }
 
 // terminal is where a command reads and writes, what it was told, and what it found.
@@ -76,17 +64,14 @@ type terminal struct {
 
 	command, help string
 	flags         map[string]string // those that were given; a switch is "true"
-	from          startupFlags      // those of them that go before .env
 	args          []string
 
 	loaded
 }
 
 // usageError is a command line that makes no sense (exit 2); exitStatus says all by its number.
-type (
-	usageError string
-	exitStatus int
-)
+type usageError string
+type exitStatus int
 
 func (e usageError) Error() string { return string(e) }
 func (e exitStatus) Error() string { return fmt.Sprint("exit status ", int(e)) }
@@ -142,7 +127,9 @@ func (t *terminal) call(args []string) error {
 	case t.command == "version": // without a look at anything
 		return c.run(t)
 	}
-	if t.loaded = load(t.from); t.dir == "" || c.needs > nothing && t.settings == nil || c.needs == ofPolicy && t.snap == nil {
+	host := cmp.Or(t.flags["host"], pick(t.on("public"), "0.0.0.0", ""))
+	t.loaded = load(startupFlags{key: handedKey(), host: host, port: t.flags["port"]})
+	if t.dir == "" || c.needs != "" && t.settings == nil || c.needs == "policy" && t.snap == nil {
 		return t.wrong
 	}
 	return c.run(t)
@@ -169,17 +156,12 @@ func (t *terminal) parse(args []string) error {
 		if err := set.Parse(args); err != nil {
 			return err
 		}
-		if args = set.Args(); wraps {
-			t.args = args
-			break
-		}
-		n := min(1, len(args))
+		args = set.Args()
+		n := pick(wraps, len(args), min(1, len(args)))
 		t.args, args = append(t.args, args[:n]...), args[n:]
 	}
 	t.flags = map[string]string{}
 	set.Visit(func(f *flag.Flag) { t.flags[f.Name] = f.Value.String() })
-	host := cmp.Or(t.flags["host"], pick(t.on("public"), "0.0.0.0", ""))
-	t.from = startupFlags{key: handedKey(), host: host, port: t.flags["port"]}
 	most := 0 // arguments
 	for _, word := range strings.Fields(form) {
 		name, _, isFlag := strings.Cut(strings.TrimPrefix(word, "--"), "=")
@@ -199,8 +181,7 @@ func (t *terminal) on(name string) bool { return t.flags[name] == "true" }
 
 // helpText is one text of skills/_help.txt.
 func helpText(name string) string {
-	all, _ := helpFile.ReadFile("skills/_help.txt") // embedded: it is there
-	_, text, _ := strings.Cut(string(all), "\n== "+name+"\n")
+	_, text, _ := strings.Cut(defaultText("_help.txt"), "\n== "+name+"\n")
 	text, _, _ = strings.Cut(text, "\n== ")
 	return text
 }
@@ -257,21 +238,21 @@ func (t *terminal) show(bad bool, code int, v any, text string) error {
 	return exitStatus(code)
 }
 
-// showList shows a line for each row, and a last one.
+// showList shows a line for each row, and a last one, if there is one.
 func showList[T any](t *terminal, bad bool, rows []T, last string, line func(T) string) error {
-	return t.show(bad, 1, append([]T{}, rows...), strings.Join(append(each(rows, line), last), "\n"))
+	return t.show(bad, 1, append([]T{}, rows...), strings.TrimSpace(strings.Join(append(each(rows, line), last), "\n")))
 }
 
-// each is the texts of a list: of an empty one [] in JSON, not null.
-func each[T any](list []T, text func(T) string) []string {
-	texts := []string{}
+// each is what is made of a list: of an empty one [] in JSON, not null.
+func each[T, U any](list []T, of func(T) U) []U {
+	made := []U{}
 	for _, item := range list {
-		texts = append(texts, text(item))
+		made = append(made, of(item))
 	}
-	return texts
+	return made
 }
 
-func pick(yes bool, one, other string) string {
+func pick[T any](yes bool, one, other T) T {
 	if yes {
 		return one
 	}
@@ -301,7 +282,7 @@ func cliKeyRotate(t *terminal) error {
 	if !t.on("restart") {
 		return nil
 	}
-	t.loaded = load(t.from)
+	t.loaded = load(startupFlags{})
 	return cliStart(t)
 }
 
@@ -310,12 +291,9 @@ func problemText(p *plugin) string {
 }
 
 func cliConfig(t *terminal) error {
-	rows := configTable(t.paths, t.start, t.settings)
-	lines := each(rows, func(r configRow) string {
-		value, _ := json.Marshal(r.Value) // came from JSON
-		return fmt.Sprintf("%s\t%s\t%s", pick(r.Change == "", strconv.Quote(r.Name), r.Name), value, r.Change)
-	})
-	return errors.Join(t.wrong, t.show(false, 0, rows, strings.Join(lines, "\n")))
+	return errors.Join(t.wrong, showList(t, false, configTable(t.paths, t.start, t.settings), "", func(r configRow) string {
+		return fmt.Sprintf("%s\t%s\t%s", pick(r.Change == "", strconv.Quote(r.Name), r.Name), marshal(r.Value), r.Change)
+	}))
 }
 
 // hostOrAddress is a name or an address, or nothing: no http://, no port, no zone.
@@ -330,7 +308,13 @@ func cliShare(t *terminal) error {
 	case t.start.key == nil:
 		return t.wrong
 	case t.on("check"):
-		return t.tryHosts(hosts, port)
+		failed := error(nil)
+		for _, host := range hosts { // each is asked for what an agent reads first
+			problem := probeServer(net.JoinHostPort(host, port))
+			failed = pick(problem == nil, failed, error(exitStatus(1)))
+			t.say("http://%s: %v", net.JoinHostPort(host, port), cmp.Or(problem, errors.New("ok")))
+		}
+		return failed
 	}
 	t.warnIf(!t.running, "the server is not running; start it with: aexec start")
 	t.warnIf(slices.Contains(changedOnDisk(t.paths, t.server.Restart), "API_KEY"), "the server wants the old key until: aexec restart")
@@ -365,31 +349,15 @@ func (t *terminal) shareHosts(bound string) (hosts []string) {
 	return []string{bound}
 }
 
-// tryHosts asks for what an agent reads first.
-func (t *terminal) tryHosts(hosts []string, port string) (err error) {
-	for _, host := range hosts {
-		problem := probeServer(net.JoinHostPort(host, port))
-		if problem != nil {
-			err = exitStatus(1)
-		}
-		t.say("http://%s: %v", net.JoinHostPort(host, port), cmp.Or(problem, errors.New("ok")))
-	}
-	return err
-}
-
 // ---- the policy
 
 func cliACLList(t *terminal) error {
 	return showList(t, false, t.snap.policy, "deny\teverything else", func(r *rule) string {
-		rule, _ := r.Rule.MarshalJSON() // strings always marshal
-		return fmt.Sprintf("%s\t%s\t%s", r.List, rule, r.Source)
+		return fmt.Sprintf("%s\t%s\t%s", r.List, marshal(r.Rule), r.Source)
 	})
 }
 
 func cliACLCheck(t *terminal) error {
-	if err := checkArgv(t.args); err != nil {
-		return err
-	}
 	_, d := t.snap.policy.decide(t.args)
 	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %q: %s", pick(d.Allowed, "allowed", "refused"), t.args, d.why()))
 }
@@ -411,11 +379,11 @@ func cliACLEdit(t *terminal) error {
 		}
 		r.Text = ""
 	}
-	rule, _ := r.MarshalJSON() // strings always marshal
+	rule := marshal(r)
 	if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
 		return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", rule, why)
 	}
-	if err := editRules(t.paths, list, r, remove, t.rules); err != nil {
+	if err := editRules(t.paths, list, r, remove, t.store.plugins); err != nil {
 		return err
 	}
 	return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, rule)
@@ -430,22 +398,20 @@ func cliAudit(t *terminal) error {
 		t.say(auditRow, "SEQ", "TIME", "EVENT", "DECISION", "EXIT", "IP", "COMMAND")
 	}
 	shown, _ := strconv.Atoi(cmp.Or(t.flags["n"], "20"))
-	return readAudit(t.audit, shown, t.on("f"), t.sayRecord)
-}
-
-func (t *terminal) sayRecord(l auditLine) error {
-	if l.Torn || t.on("json") {
-		return t.say("%s", l.Raw)
-	}
-	r := l.Record
-	exit, what := r.Signal, strings.Join(each(r.Argv, strconv.Quote), " ")
-	if r.ExitCode != nil {
-		exit = strconv.Itoa(*r.ExitCode)
-	}
-	if why := cmp.Or(r.DenialReason, r.Reason); why != "" {
-		what += fmt.Sprintf(" (%q)", why)
-	}
-	return t.say(auditRow, r.Seq, r.Timestamp, r.Event, r.ACLDecision, exit, r.SourceIP, strings.TrimSpace(what))
+	return readAudit(t.audit, shown, t.on("f"), func(l auditLine) error {
+		if l.Torn || t.on("json") {
+			return t.say("%s", l.Raw)
+		}
+		r := l.Record
+		exit, what := r.Signal, strings.Join(each(r.Argv, strconv.Quote), " ")
+		if r.ExitCode != nil {
+			exit = strconv.Itoa(*r.ExitCode)
+		}
+		if why := cmp.Or(r.DenialReason, r.Reason); why != "" {
+			what += fmt.Sprintf(" (%q)", why)
+		}
+		return t.say(auditRow, r.Seq, r.Timestamp, r.Event, r.ACLDecision, exit, r.SourceIP, strings.TrimSpace(what))
+	})
 }
 
 func cliAuditVerify(t *terminal) error {
@@ -485,15 +451,11 @@ func cliPluginMake(t *terminal) error {
 	if err != nil {
 		return err
 	}
-	o, names := plugin{Type: cmp.Or(t.flags["type"], "skill")}, t.args
-	if name := t.flags["name"]; name != "" {
-		names = []string{name}
-	} else if len(names) == 0 {
-		names = starterTools
-	}
+	o, creates := plugin{Type: cmp.Or(t.flags["type"], "skill")}, t.command == "plugin create"
+	names := pick(creates, []string{t.flags["name"]}, pick(len(t.args) == 0, starterTools, t.args))
 	for _, o.Name = range names {
 		o.Command = cmp.Or(t.flags["command"], o.Name)
-		found, made, failed := createPlugin(t.paths, t.snap, o, t.on("force"), t.command != "starterkit", r.run)
+		found, made, failed := createPlugin(t.paths, t.snap, o, t.on("force"), creates, r.run)
 		if failed != nil {
 			err = errors.Join(err, fmt.Errorf("%q: %w", o.Name, failed))
 			continue

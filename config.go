@@ -40,7 +40,7 @@ const (
 // What openTrusted refuses of a mode: that others write, or that they do anything.
 const guarded, private fs.FileMode = 0o022, 0o077
 
-//go:embed skills/_settings.json skills/_env.txt
+//go:embed skills/_settings.json skills/_env.txt skills/_help.txt
 var defaultFiles embed.FS
 
 func defaultText(name string) string {
