@@ -12,6 +12,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -58,10 +59,8 @@ func holdPidFile(p paths) (*os.File, error) {
 // that. The server itself must not call it.
 func findServer(p paths) (info serverInfo, running bool, err error) {
 	f, _, err := openTrusted(p.pid, 0, private)
-	if errors.Is(err, os.ErrNotExist) {
-		return info, false, nil
-	} else if err != nil {
-		return info, false, err
+	if err != nil {
+		return info, false, pick(errors.Is(err, os.ErrNotExist), nil, err)
 	}
 	defer f.Close()
 	pid, held, err := lockHolder(f)
@@ -75,15 +74,14 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 }
 
 // startBackground re-executes this binary as `start -f --json`, its standard error to the log, in a session of its own where
-// no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error.
+// no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error; what it opened ends with
+// this process.
 func (t *terminal) startBackground() error {
 	output, err := openAppend(t.log)
 	ours, theirs, noPipe := os.Pipe()
 	if err = errors.Join(err, noPipe); err != nil {
 		return err
 	}
-	defer output.Close()
-	defer ours.Close()
 	self, _ := os.Executable() // "" cannot be started
 	argv := []string{os.Args[0], "start", "-f", "--json", "--host=" + t.start.host, "--port=" + strconv.Itoa(t.start.port)}
 	child, err := os.StartProcess(self, argv, &os.ProcAttr{
@@ -141,22 +139,16 @@ func holders(p paths, port string) (map[int]string, error) {
 	number, _ := strconv.ParseUint(port, 10, 16) // of 0, no process listens
 	table, _ := os.ReadFile("/proc/net/tcp")     // missing where there is no such protocol, or no /proc
 	table6, _ := os.ReadFile("/proc/net/tcp6")
-	var sockets []string // as the links name them
-	for line := range strings.Lines(string(table) + string(table6)) {
-		f := strings.Fields(line) // 1: local address, 3: state, 0A for listening, 9: inode (proc_pid_net(5))
-		if len(f) > 9 && f[3] == "0A" && strings.HasSuffix(f[1], fmt.Sprintf(":%04X", number)) {
-			sockets = append(sockets, "socket:["+f[9]+"]")
-		}
-	}
-	if len(sockets) == 0 {
-		return found, err
-	}
-	links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
-	for _, link := range links {
-		if target, _ := os.Readlink(link); slices.Contains(sockets, target) {
-			pid, _ := strconv.Atoi(strings.Split(link, "/")[2])
-			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
-			found[pid] = strings.TrimSpace(string(name))
+	// A line has a number, the local and the other address, the state, 0A for listening, and after five more the inode (proc_pid_net(5)).
+	listens := regexp.MustCompile(fmt.Sprintf(`(?m)^ *\d+: \w+:%04X \w+:\w+ 0A(?: +\S+){5} +(\d+) `, number))
+	for _, socket := range listens.FindAllStringSubmatch(string(table)+string(table6), -1) {
+		links, _ := filepath.Glob("/proc/[0-9]*/fd/*")
+		for _, link := range links {
+			if target, _ := os.Readlink(link); target == "socket:["+socket[1]+"]" {
+				pid, _ := strconv.Atoi(strings.Split(link, "/")[2])
+				name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+				found[pid] = strings.TrimSpace(string(name))
+			}
 		}
 	}
 	return found, err
@@ -170,14 +162,13 @@ func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error 
 		return cmp.Or(err, errors.New(pick(port == "", "not running\nhint: aexec start", none)))
 	}
 	for pid, name := range all {
-		p, err := os.FindProcess(pid) // a pidfd, where the system has them: it cannot come to mean another process
-		defer p.Release()
+		p, _ := os.FindProcess(pid) // a pidfd, where the system has them: it cannot come to mean another process
 		now, _ := holders(t.paths, port)
 		if _, still := now[pid]; !still {
 			continue // the number may mean another one by now
 		}
 		t.say("ending pid %d, %q", pid, name)
-		err = p.Signal(s)
+		err := p.Signal(s)
 		for begun := time.Now(); err == nil && !isDead(pid); err = p.Signal(syscall.Signal(0)) { // a zombie is dead
 			if time.Since(begun) > wait {
 				return fmt.Errorf("process %d has not ended within %s", pid, wait)
@@ -192,19 +183,11 @@ func (t *terminal) end(port string, s syscall.Signal, wait time.Duration) error 
 	return nil
 }
 
-// patience is how long a server may take to end its commands, and itself.
-func (t *terminal) patience() time.Duration {
-	if t.settings == nil {
-		return endWait
-	}
-	return endWait + t.settings.KillGrace
-}
-
 // cliStart is start and restart, which stops nothing before it knows that what is on disk can start again.
 func cliStart(t *terminal) error {
 	err := t.wrong
 	if err == nil && t.running && t.command != "start" {
-		err = t.end("", syscall.SIGTERM, t.patience())
+		err = t.end("", syscall.SIGTERM, endWait+t.grace)
 	}
 	if err != nil {
 		return err
@@ -232,23 +215,20 @@ func cliStop(t *terminal) error {
 	port := t.flags["port"]
 	if port != "" && !t.on("force") {
 		return usageError("--port kills whatever listens there: it takes --force as well")
-	} else if port != "" {
-		return t.end(port, syscall.SIGKILL, endWait)
 	}
-	return t.end("", syscall.SIGTERM, t.patience())
+	return t.end(port, pick(port == "", syscall.SIGTERM, syscall.SIGKILL), endWait+t.grace)
 }
 
 func cliStatus(t *terminal) error {
-	status := map[string]any{
-		"running": t.running, "enabled": t.start.enabled, "warnings": t.warnings(),
-		"settings": cmp.Or(t.wrong, errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
-	}
-	readAudit(t.audit, 3, false, func(l auditLine) error { // no log, no head
-		if !l.Torn {
-			status["auditHead"] = l.Head.String()
-		}
+	head := "" // no log, no head
+	readAudit(t.audit, 3, false, func(l auditLine) error {
+		head = pick(l.Torn, head, l.Head.String())
 		return nil
 	})
+	status := map[string]any{
+		"running": t.running, "enabled": t.start.enabled, "warnings": t.warnings(), "auditHead": head,
+		"settings": cmp.Or(t.wrong, errors.New("valid")).Error(), "pluginProblems": each(t.problems, problemText),
+	}
 	if info := t.server; t.running {
 		status["pid"], status["address"], status["version"], status["enabled"] = info.Pid, info.Address, info.Version, info.Enabled
 		status["uptime"] = time.Since(info.Started).Round(time.Second).String()

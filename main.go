@@ -39,9 +39,9 @@ type loaded struct {
 	start    startup   // without a key it is of no use
 	settings *settings // nil if the file cannot be read
 	store    *store
-	snap     *snapshot  // nil if the settings are not fit to be in force
-	rules    []ruleSet  // of the usable plugins
-	server   serverInfo // what runs; if nothing does, the address is where it would
+	snap     *snapshot     // nil if the settings are not fit to be in force
+	grace    time.Duration // of the settings
+	server   serverInfo    // what runs; if nothing does, the address is where it would
 	running  bool
 	wrong    error // all that keeps a server from starting
 
@@ -58,12 +58,9 @@ func load(from startupFlags) (c loaded) {
 	c.start, errs[1] = loadStartup(c.paths, from)
 	c.server.Address = cmp.Or(c.server.Address, net.JoinHostPort(c.start.host, strconv.Itoa(c.start.port)))
 	if c.settings, errs[2] = loadSettings(c.paths); errs[2] == nil {
-		c.audit = c.settings.AuditFile
+		c.audit, c.grace = c.settings.AuditFile, c.settings.KillGrace
 		c.all, c.plugins, c.problems = loadPlugins(c.paths, c.settings)
-		for _, pl := range c.plugins {
-			c.rules = append(c.rules, pl.Rules)
-		}
-		c.store = &store{p: c.paths, plugins: c.rules}
+		c.store = &store{p: c.paths, plugins: each(c.plugins, func(p *plugin) ruleSet { return p.Rules })}
 		c.snap, _, errs[2] = c.store.current()
 	}
 	for _, p := range c.problems {
@@ -102,28 +99,20 @@ func (t *terminal) serve() error {
 	}
 	// What nobody has a use for is caught and dropped: if it were ignored, it would be so in every command, too.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE, syscall.SIGHUP)
-	ends := []os.Signal{syscall.SIGTERM, syscall.SIGINT, syscall.SIGHUP}
-	if t.on("json") {
-		ends = ends[:2] // it is in the background, where no terminal's end is its own
-	}
-	ctx, stop := signal.NotifyContext(context.Background(), ends...)
+	// With --json it is in the background, where no terminal's end is its own.
+	hangup := pick(t.on("json"), syscall.SIGTERM, syscall.SIGHUP)
+	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT, hangup)
 	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	lock, err := holdPidFile(t.paths)
 	if err != nil {
 		return err
 	}
 	defer lock.Close()
-	audit, err := openAudit(t.audit, t.settings.AuditEnabled, t.start.key)
-	if err != nil {
-		return err
-	}
+	audit, unopened := openAudit(t.audit, t.settings.AuditEnabled, t.start.key)
 	defer audit.close() // before the pid file: who can lock that can lock both
-	l, err := listen(t.start.host, t.start.port)
-	if err != nil {
-		return err
-	}
-	runner, err := newRunner(t.dir)
-	if err != nil {
+	l, unheard := listen(t.start.host, t.start.port)
+	runner, unready := newRunner(t.dir)
+	if err := cmp.Or(unopened, unheard, unready); err != nil {
 		return err
 	}
 	logger := log.New(t.err, "", log.LstdFlags)
@@ -131,8 +120,7 @@ func (t *terminal) serve() error {
 	if err := s.prepare(l.Addr().String()); err != nil {
 		return err
 	}
-	now := time.Now().Truncate(time.Second)
-	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: now, Enabled: t.start.enabled}
+	info := serverInfo{Pid: os.Getpid(), Address: s.address, Version: version, Started: time.Now(), Enabled: t.start.enabled}
 	info.Restart, err = restartState(t.paths)
 	record := auditRecord{Event: "server_start"}
 	if lock != nil { // else what looks left over may be the commands of a server that runs
