@@ -358,6 +358,9 @@ func cliACLList(t *terminal) error {
 }
 
 func cliACLCheck(t *terminal) error {
+	if err := checkArgv(t.args); err != nil {
+		return err
+	}
 	_, d := t.snap.policy.decide(t.args)
 	return t.show(!d.Allowed, 1, d, fmt.Sprintf("%s: %q: %s", pick(d.Allowed, "allowed", "refused"), t.args, d.why()))
 }
