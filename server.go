@@ -17,7 +17,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -90,9 +90,9 @@ type server struct {
 func listen(host string, port int) (net.Listener, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 	if err != nil {
-		return nil, fmt.Errorf("%w: choose another --host or --port; if it is in use, aexec stop --force --port %d kills who has it", err, port)
+		err = fmt.Errorf("%w: choose another --host or --port; if it is in use, aexec stop --force --port %d kills who has it", err, port)
 	}
-	return l, nil
+	return l, err
 }
 
 // prepare makes everything that holds for the life of a server that listens on address.
@@ -150,10 +150,8 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 	for begun := time.Now(); s.commands.Load() > 0 && time.Since(begun) < wait; {
 		time.Sleep(shutdownPause)
 	}
-	late, cancel := context.WithTimeout(context.Background(), closeTimeout)
-	defer cancel()
-	h.Shutdown(late)
-	return h.Close() // whoever is still there has not sent a whole request, or does not read
+	time.AfterFunc(closeTimeout, func() { h.Close() }) // whoever is still there has not sent a whole request, or does not read
+	return h.Shutdown(context.Background())
 }
 
 // call is one request on its way through the gates, the command that it asks for, and its answer.
@@ -189,8 +187,11 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if c.failure = c.gates(); c.failure == nil {
 		s.mux.ServeHTTP(c, r)
 	}
-	if c.failure != nil {
-		c.fail(c.failure)
+	if e := c.failure; e != nil {
+		if e.Retryable {
+			w.Header().Set("Retry-After", strconv.Itoa(e.wait))
+		}
+		c.json(e.status, e)
 	}
 	if w.Header().Get("Connection") == "close" {
 		c.SetReadDeadline(time.Now().Add(lingerTimeout))
@@ -210,7 +211,7 @@ func (c *call) gates() *apiError {
 	switch {
 	case c.r.TransferEncoding != nil: // net/http hides a Content-Length beside it, and serves what stands behind (RFC 9112, 6.1)
 		return newError("invalid_request")
-	case !cleanPath(c.r.URL):
+	case unclean.MatchString(at) || strings.Count(c.r.URL.EscapedPath(), "/") != strings.Count(at, "/"): // or one of them is encoded
 		return newError("not_found")
 	case pattern == "GET /ping":
 		return nil
@@ -243,10 +244,7 @@ func (c *call) gates() *apiError {
 		return newError("method_not_allowed")
 	case pattern == "":
 		handler.ServeHTTP(silent{c.ResponseWriter}, c.r) // sets Allow if the path takes another method
-		if c.Header()["Allow"] != nil {
-			return newError("method_not_allowed")
-		}
-		return newError("not_found")
+		return newError(pick(c.Header()["Allow"] != nil, "method_not_allowed", "not_found"))
 	case !api:
 		return nil
 	}
@@ -262,13 +260,8 @@ type silent struct{ http.ResponseWriter }
 func (silent) WriteHeader(int)             {}
 func (silent) Write(p []byte) (int, error) { return len(p), nil }
 
-// cleanPath refuses what a proxy, the mux and a plugin could each read as another path.
-func cleanPath(u *url.URL) bool {
-	p := u.Path
-	clean := path.Clean(p) == p || path.Clean(p)+"/" == p && p != "//"
-	return strings.HasPrefix(p, "/") && clean && !strings.ContainsAny(p, "\x00\\") &&
-		strings.Count(u.EscapedPath(), "/") == strings.Count(p, "/") // none of them encoded
-}
+// unclean is what a proxy, the mux and a plugin could each read as another path: no / at the start, //, /./, /../, NUL, backslash.
+var unclean = regexp.MustCompile(`^([^/]|$)|//|/\.\.?(/|$)|[\x00\\]`)
 
 // announce reports what a reload brought; the store tells it to one request only.
 func (s *server) announce(snap *snapshot, err error) {
@@ -302,14 +295,13 @@ func (c *call) findKey() {
 			bearer = append(bearer, strings.TrimSpace(token))
 		}
 	}
-	c.source, c.keyed = "none", true
+	c.source = "none"
 	for i, keys := range [][]string{query, bearer, c.r.Header["X-Api-Key"]} {
 		if len(keys) > 0 {
+			c.keyed = (c.keyed || c.source == "none") && len(keys) == 1 && c.s.start.key.matches(keys[0])
 			c.source = []string{"query", "bearer", "header"}[i]
-			c.keyed = c.keyed && len(keys) == 1 && c.s.start.key.matches(keys[0])
 		}
 	}
-	c.keyed = c.keyed && c.source != "none"
 }
 
 // limiter is a token bucket for each client: an address (of IPv6 the /64), with the key or without, who cannot lock an agent out.
