@@ -87,11 +87,9 @@ func (c *call) acl() *apiError {
 	for _, rule := range c.snap.policy {
 		lists[rule.List] = append(lists[rule.List], rule.Rule)
 	}
-	machine := map[string]string{"os": runtime.GOOS, "arch": runtime.GOARCH, "cwd": c.snap.cwd, "user": ""}
+	machine := map[string]string{"os": runtime.GOOS, "arch": runtime.GOARCH, "cwd": c.snap.cwd, "user": c.snap.User}
 	machine["hostname"], _ = os.Hostname()
-	if c.snap.cred != nil {
-		machine["user"] = c.snap.cred.Name
-	} else if u, err := user.Current(); err == nil {
+	if u, err := user.Current(); err == nil && c.snap.User == "" {
 		machine["user"] = u.Username
 	}
 	limits := map[string]int64{"timeoutMs": c.snap.Timeout.Milliseconds(), "maxOutputBytes": c.snap.MaxOutputBytes,
@@ -229,15 +227,14 @@ func parseExecBody(data []byte) (args []string, e *apiError) {
 	case body.kind != '{':
 		return nil, newError("invalid_json")
 	case len(others) > 0:
-		e = newError("unexpected_field")
+		args, e = nil, newError("unexpected_field")
 		e.Fields = others
-		return nil, e
 	case args == nil:
 		return nil, newError("invalid_args")
 	case err != nil:
 		return nil, newError("invalid_args", "args cannot be run: ", err, ".")
 	}
-	return args, nil
+	return args, e
 }
 
 func (c *call) aclCheck() *apiError {
@@ -278,8 +275,6 @@ func (c *call) pluginRoute(p *plugin, template []string) *apiError {
 
 // run takes a slot, and in it runs the before hook, a second decision on what that made, the command, and the after hook. Then it answers.
 func (c *call) run(what approved, by decision) *apiError {
-	c.s.commands.Add(1)
-	defer c.s.commands.Add(-1)
 	c.sent = c.args
 	if e := c.decided(what, by); e != nil {
 		return e

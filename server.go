@@ -22,22 +22,20 @@ import (
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
 )
 
 const (
-	headerTimeout, requestTimeout = 10 * time.Second, 30 * time.Second      // for a request's head; for all of it
-	idleTimeout                   = 120 * time.Second                       // between two requests
-	writeTimeout                  = 30 * time.Second                        // for one write: a client that takes nothing for so long is gone
-	lingerTimeout                 = 500 * time.Millisecond                  // for a body that nobody reads, so that its sender sees the answer
-	shutdownWait, shutdownPause   = 10 * time.Second, 10 * time.Millisecond // beyond killGraceMs, for the answers; between two looks
-	closeTimeout                  = time.Second                             // then, for what is on its way
-	maxHeadBytes                  = 16 << 10                                // net/http takes up to fifty times as much memory for a head
-	maxRateClients                = 4096                                    // whose rate is remembered
-	probeTime, probeBody          = 5 * time.Second, 4096                   // of an answer to probeServer: patience, bytes
+	headerTimeout, requestTimeout = 10 * time.Second, 30 * time.Second     // for a request's head; for all of it
+	idleTimeout                   = 120 * time.Second                      // between two requests
+	writeTimeout                  = 30 * time.Second                       // for one write: a client that takes nothing for so long is gone
+	lingerTimeout                 = 500 * time.Millisecond                 // for a body that nobody reads, so that its sender sees the answer
+	shutdownPause, closeTimeout   = 10 * time.Millisecond, 2 * time.Second // between two looks at what runs; then, for the answers
+	maxHeadBytes                  = 16 << 10                               // net/http takes up to fifty times as much memory for a head
+	maxRateClients                = 4096                                   // whose rate is remembered
+	probeTime, probeBody          = 5 * time.Second, 4096                  // of an answer to probeServer: patience, bytes
 )
 
 // fixedHeaders are on every answer of ours. The slices are shared: replace them, never append.
@@ -82,8 +80,7 @@ type server struct {
 	mux             *http.ServeMux
 	documents       map[string]document // by path
 	limits          limiter
-	parsing         sync.Mutex   // one body at a time is taken apart: it can need a hundred times its size
-	commands        atomic.Int64 // that are not answered yet
+	parsing         sync.Mutex // one body at a time is taken apart: it can need a hundred times its size
 }
 
 // listen binds host:port (port 0: any free one). The error says what to do.
@@ -103,7 +100,8 @@ func (s *server) prepare(address string) error {
 	}
 	s.address, s.maxBody = address, snap.MaxRequestBodyBytes
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
-	s.limits = limiter{every: snap.RateLimitWindow / time.Duration(max(1, snap.RateLimitMax)), burst: snap.RateLimitMax, clients: map[string]*rate.Limiter{}}
+	every := snap.RateLimitWindow / time.Duration(max(1, snap.RateLimitMax))
+	s.limits = limiter{every: every, burst: snap.RateLimitMax, clients: map[string]*rate.Limiter{}}
 	s.log.SetOutput(keylessLog{s, s.log.Writer()})
 	s.mux, s.documents = http.NewServeMux(), readDocuments(s.plugins)
 	for pattern, r := range routes {
@@ -134,7 +132,8 @@ func (s *server) redact(text string) string {
 	return s.start.key.redact(strings.ReplaceAll(text, quoted[1:len(quoted)-1], redactedKey))
 }
 
-// serve answers on l until ctx ends; then it accepts nothing new, ends running commands, and returns when these are answered.
+// serve answers on l until ctx ends; then it accepts nothing new, ends running commands, and returns when nothing is left of these
+// and they are on record, which takes as long as it takes, and their answers have had their time.
 func (s *server) serve(ctx context.Context, l net.Listener) error {
 	h := &http.Server{Handler: s, ErrorLog: s.log, DisableGeneralOptionsHandler: true, MaxHeaderBytes: maxHeadBytes,
 		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, WriteTimeout: s.stall, IdleTimeout: idleTimeout}
@@ -143,11 +142,7 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	s.runner.shutdown()
-	wait := shutdownWait
-	if snap, _, err := s.store.current(); err == nil {
-		wait += snap.KillGrace
-	}
-	for begun := time.Now(); s.commands.Load() > 0 && time.Since(begun) < wait; {
+	for s.runner.slots.Load() > 0 {
 		time.Sleep(shutdownPause)
 	}
 	time.AfterFunc(closeTimeout, func() { h.Close() }) // whoever is still there has not sent a whole request, or does not read
@@ -184,6 +179,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) { // until readArgs has read the body to its end
 		w.Header().Set("Connection", "close") // net/http ignores a Transfer-Encoding in HTTP/1.0: what follows may be the body
 	}
+	// Who takes nothing must not hold up the end for the whole of writeTimeout.
+	defer context.AfterFunc(s.runner.stopping, func() { c.SetWriteDeadline(time.Now().Add(closeTimeout)) })()
 	if c.failure = c.gates(); c.failure == nil {
 		s.mux.ServeHTTP(c, r)
 	}
