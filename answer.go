@@ -61,17 +61,8 @@ func skillText(name string) string {
 // newError has a message of its own where there is more to say.
 func newError(code string, because ...any) *apiError {
 	e := errorTexts[code]
-	if because != nil {
-		e.Message = fmt.Sprint(because...)
-	}
+	e.Message = cmp.Or(fmt.Sprint(because...), e.Message)
 	return &e
-}
-
-func (c *call) fail(e *apiError) {
-	if e.Retryable {
-		c.Header().Set("Retry-After", strconv.Itoa(e.wait))
-	}
-	c.json(e.status, e)
 }
 
 // json answers with one JSON value, in which no text from outside, and no rule, takes the key along.
@@ -82,17 +73,13 @@ func (c *call) json(status int, v any) *apiError {
 	return nil
 }
 
+// marshal leaves <, > and & as they are: agents read the text, browsers are told not to.
 func marshal(v any) []byte {
 	var b bytes.Buffer
-	encode(&b, v)
-	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
-}
-
-// encode leaves <, > and & as they are: agents read the text, browsers are told not to.
-func encode(b *bytes.Buffer, v any) {
-	enc := json.NewEncoder(b)
+	enc := json.NewEncoder(&b)
 	enc.SetEscapeHTML(false)
 	enc.Encode(v) // our own types encode, so there is no error
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
 func (c *call) acl() *apiError {
@@ -100,11 +87,9 @@ func (c *call) acl() *apiError {
 	for _, rule := range c.snap.policy {
 		lists[rule.List] = append(lists[rule.List], rule.Rule)
 	}
-	machine := map[string]string{"os": runtime.GOOS, "arch": runtime.GOARCH, "cwd": c.snap.cwd, "user": ""}
+	machine := map[string]string{"os": runtime.GOOS, "arch": runtime.GOARCH, "cwd": c.snap.cwd, "user": c.snap.User}
 	machine["hostname"], _ = os.Hostname()
-	if c.snap.cred != nil {
-		machine["user"] = c.snap.cred.Name
-	} else if u, err := user.Current(); err == nil {
+	if u, err := user.Current(); err == nil && c.snap.User == "" {
 		machine["user"] = u.Username
 	}
 	limits := map[string]int64{"timeoutMs": c.snap.Timeout.Milliseconds(), "maxOutputBytes": c.snap.MaxOutputBytes,
@@ -133,10 +118,8 @@ func readDocuments(plugins []*plugin) map[string]document {
 	all := map[string]document{}
 	for _, p := range plugins {
 		for file, text := range p.docs {
-			all["/private/skills/"+p.Name+"/"+file] = document{p.Name, p.Name, p.Description, string(text)}
-		}
-		if text := p.docs["public/SKILL.md"]; text != nil {
-			all["/skills/"+p.Name+"/SKILL.md"] = document{p.Name, p.Name, p.Description, string(text)}
+			file, public := strings.CutPrefix(file, "public/")
+			all[pick(public, "/skills/", "/private/skills/")+p.Name+"/"+file] = document{p.Name, p.Name, p.Description, string(text)}
 		}
 	}
 	for _, name := range []string{"acl", "aexec", "exec", "install", "plugins", "private"} {
@@ -171,10 +154,7 @@ func frontmatter(doc []byte) (name, description string, err error) {
 
 // rootGuide names this server as the client did, if that was a plain name, else by where it listens.
 func (c *call) rootGuide() *apiError {
-	host := c.r.Host
-	if !plainHost.MatchString(host) || c.s.redact(host) != host {
-		host = c.s.address
-	}
+	host := pick(plainHost.MatchString(c.r.Host) && c.s.redact(c.r.Host) == c.r.Host, c.r.Host, c.s.address)
 	return c.document(strings.NewReplacer("{{URL}}", "http://"+host, "{{VERSION}}", version).Replace(skillText("_root.md")))
 }
 
@@ -247,15 +227,14 @@ func parseExecBody(data []byte) (args []string, e *apiError) {
 	case body.kind != '{':
 		return nil, newError("invalid_json")
 	case len(others) > 0:
-		e = newError("unexpected_field")
+		args, e = nil, newError("unexpected_field")
 		e.Fields = others
-		return nil, e
 	case args == nil:
 		return nil, newError("invalid_args")
 	case err != nil:
 		return nil, newError("invalid_args", "args cannot be run: ", err, ".")
 	}
-	return args, nil
+	return args, e
 }
 
 func (c *call) aclCheck() *apiError {
@@ -296,17 +275,13 @@ func (c *call) pluginRoute(p *plugin, template []string) *apiError {
 
 // run takes a slot, and in it runs the before hook, a second decision on what that made, the command, and the after hook. Then it answers.
 func (c *call) run(what approved, by decision) *apiError {
-	c.s.commands.Add(1)
-	defer c.s.commands.Add(-1)
 	c.sent = c.args
 	if e := c.decided(what, by); e != nil {
 		return e
 	}
 	release, ok := c.s.runner.acquire(c.snap.MaxConcurrentExec)
-	if !ok && c.s.runner.shuttingDown() {
-		return newError("shutting_down")
-	} else if !ok {
-		return newError("too_many_concurrent_exec")
+	if !ok {
+		return newError(pick(c.s.runner.shuttingDown(), "shutting_down", "too_many_concurrent_exec"))
 	}
 	defer release()
 	c.SetReadDeadline(time.Time{}) // the request is whole; from here a read only watches for a disconnect
@@ -357,14 +332,11 @@ func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
 	if file == "" || which == "after" && c.out.end != endExit {
 		return said, nil
 	}
-	headers := maps.Clone(c.r.Header)
-	for _, name := range []string{"Authorization", "Proxy-Authorization", "Cookie", "X-Api-Key"} {
-		if headers[name] != nil {
-			headers[name] = []string{redactedKey}
-		}
+	for _, name := range []string{"Authorization", "Proxy-Authorization", "Cookie"} { // which may also hold what only others know
+		c.r.Header.Del(name)
 	}
 	in := map[string]any{"args": c.args, "originalArgs": c.sent,
-		"request": map[string]any{"method": c.r.Method, "path": c.r.URL.Path, "query": c.query, "ip": c.peer.String(), "headers": headers}}
+		"request": map[string]any{"method": c.r.Method, "path": c.r.URL.Path, "query": c.query, "ip": c.peer.String(), "headers": c.r.Header}}
 	if which == "after" {
 		var result bytes.Buffer
 		c.writeOutcome(&result)
@@ -378,11 +350,9 @@ func (c *call) hook(which, file string) (said hookOutput, e *apiError) {
 	})
 	switch {
 	case e != nil:
-	case err != nil && c.s.runner.shuttingDown():
-		e = newError("shutting_down")
 	case err != nil:
 		c.s.log.Printf("request %s: the %s hook of plugin %q failed: %q", c.id, which, c.plugin.Name, err)
-		e = newError("plugin_" + which + "_error")
+		e = newError(pick(c.s.runner.shuttingDown(), "shutting_down", "plugin_"+which+"_error"))
 	case said.Error != nil:
 		e = &apiError{status: said.Error.Status, Code: said.Error.Code, Message: said.Error.Message,
 			Hint: "The plugin " + c.plugin.Name + " answered so; read its document."}
@@ -405,13 +375,11 @@ func (c *call) audited(stdin []byte) *apiError {
 	}
 	if c.stream {
 		cmd.sink, cmd.maxBytes = c, s.MaxStreamBytes
-		c.Header().Set("Content-Type", "application/x-ndjson")
+		c.Header().Set("Content-Type", pick(c.text, "text/plain; charset=utf-8", "application/x-ndjson"))
 		if c.text {
-			c.Header().Set("Content-Type", "text/plain; charset=utf-8")
 			c.Header().Set("Trailer", "X-Exit-Code, X-Exec-Error")
 		}
-		c.Write(nil)
-		c.Flush() // so that the client knows that the command runs
+		c.output(1, nil, true) // so that the client knows that the command runs
 	}
 	c.out = c.s.runner.run(c.r.Context(), cmd)
 	out, ms := &c.out, c.out.duration.Milliseconds()
@@ -446,17 +414,13 @@ func (c *call) ending() (last ending, status int) {
 	}
 	switch out.end {
 	case endExit:
-		if last.Signal = out.signal; out.exited && out.exitCode == 0 {
-			last.Status = "done"
-		}
+		last.Signal, last.Status = out.signal, pick(out.exited && out.exitCode == 0, "done", "error")
 		return last, 200
 	case endStart:
-		code := map[int]string{126: "command_not_executable", 127: "command_not_found"}[out.exitCode]
-		last.apiError = newError(code, c.s.redact(out.err.Error()))
+		last.apiError = newError(pick(out.exitCode == 126, "command_not_executable", "command_not_found"), c.s.redact(out.err.Error()))
 	case endOutput:
-		last.apiError = newError("max_stream_output_exceeded")
+		last.apiError = newError(pick(c.stream, "max_stream_output_exceeded", "max_output_exceeded"))
 		if !c.stream {
-			last.apiError = newError("max_output_exceeded")
 			last.MaxOutput = c.snap.MaxOutputBytes
 		}
 	default:
@@ -542,10 +506,7 @@ func (c *call) output(stream int, p []byte, idle bool) error {
 }
 
 // jsonText is output on its way into a JSON string, piece by piece. Half a character at the end of a piece waits for the next.
-type jsonText struct {
-	held []byte
-	buf  bytes.Buffer
-}
+type jsonText struct{ held []byte }
 
 // next gives what is whole as the inside of that string, what is no UTF-8 as U+FFFD, and counts its bytes. No piece: it was the last.
 func (t *jsonText) next(piece []byte) (text []byte, length int) {
@@ -556,8 +517,7 @@ func (t *jsonText) next(piece []byte) (text []byte, length int) {
 			length = len(t.held) - n
 		}
 	}
-	t.buf.Reset() // and use it again: a flood of output is many pieces
-	encode(&t.buf, string(t.held[:length]))
+	text = marshal(string(t.held[:length]))
 	t.held = append(t.held[:0], t.held[length:]...)
-	return t.buf.Bytes()[1 : t.buf.Len()-2], length
+	return text[1 : len(text)-1], length
 }

@@ -17,27 +17,25 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
-	"path"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"golang.org/x/time/rate"
 )
 
 const (
-	headerTimeout, requestTimeout = 10 * time.Second, 30 * time.Second      // for a request's head; for all of it
-	idleTimeout                   = 120 * time.Second                       // between two requests
-	writeTimeout                  = 30 * time.Second                        // for one write: a client that takes nothing for so long is gone
-	lingerTimeout                 = 500 * time.Millisecond                  // for a body that nobody reads, so that its sender sees the answer
-	shutdownWait, shutdownPause   = 10 * time.Second, 10 * time.Millisecond // beyond killGraceMs, for the answers; between two looks
-	closeTimeout                  = time.Second                             // then, for what is on its way
-	maxHeadBytes                  = 16 << 10                                // net/http takes up to fifty times as much memory for a head
-	maxRateClients                = 4096                                    // whose rate is remembered
-	probeTime, probeBody          = 5 * time.Second, 4096                   // of an answer to probeServer: patience, bytes
+	headerTimeout, requestTimeout = 10 * time.Second, 30 * time.Second     // for a request's head; for all of it
+	idleTimeout                   = 120 * time.Second                      // between two requests
+	writeTimeout                  = 30 * time.Second                       // for one write: a client that takes nothing for so long is gone
+	lingerTimeout                 = 500 * time.Millisecond                 // for a body that nobody reads, so that its sender sees the answer
+	shutdownPause, closeTimeout   = 10 * time.Millisecond, 2 * time.Second // between two looks at what runs; then, for the answers
+	maxHeadBytes                  = 16 << 10                               // net/http takes up to fifty times as much memory for a head
+	maxRateClients                = 4096                                   // whose rate is remembered
+	probeTime, probeBody          = 5 * time.Second, 4096                  // of an answer to probeServer: patience, bytes
 )
 
 // fixedHeaders are on every answer of ours. The slices are shared: replace them, never append.
@@ -82,17 +80,16 @@ type server struct {
 	mux             *http.ServeMux
 	documents       map[string]document // by path
 	limits          limiter
-	parsing         sync.Mutex   // one body at a time is taken apart: it can need a hundred times its size
-	commands        atomic.Int64 // that are not answered yet
+	parsing         sync.Mutex // one body at a time is taken apart: it can need a hundred times its size
 }
 
 // listen binds host:port (port 0: any free one). The error says what to do.
 func listen(host string, port int) (net.Listener, error) {
 	l, err := net.Listen("tcp", net.JoinHostPort(host, strconv.Itoa(port)))
 	if err != nil {
-		return nil, fmt.Errorf("%w: choose another --host or --port; if it is in use, aexec stop --force --port %d kills who has it", err, port)
+		err = fmt.Errorf("%w: choose another --host or --port; if it is in use, aexec stop --force --port %d kills who has it", err, port)
 	}
-	return l, nil
+	return l, err
 }
 
 // prepare makes everything that holds for the life of a server that listens on address.
@@ -103,7 +100,8 @@ func (s *server) prepare(address string) error {
 	}
 	s.address, s.maxBody = address, snap.MaxRequestBodyBytes
 	s.stall, s.patience = cmp.Or(s.stall, writeTimeout), cmp.Or(s.patience, requestTimeout)
-	s.limits = limiter{every: snap.RateLimitWindow / time.Duration(max(1, snap.RateLimitMax)), burst: snap.RateLimitMax, clients: map[string]*rate.Limiter{}}
+	every := snap.RateLimitWindow / time.Duration(max(1, snap.RateLimitMax))
+	s.limits = limiter{every: every, burst: snap.RateLimitMax, clients: map[string]*rate.Limiter{}}
 	s.log.SetOutput(keylessLog{s, s.log.Writer()})
 	s.mux, s.documents = http.NewServeMux(), readDocuments(s.plugins)
 	for pattern, r := range routes {
@@ -134,7 +132,8 @@ func (s *server) redact(text string) string {
 	return s.start.key.redact(strings.ReplaceAll(text, quoted[1:len(quoted)-1], redactedKey))
 }
 
-// serve answers on l until ctx ends; then it accepts nothing new, ends running commands, and returns when these are answered.
+// serve answers on l until ctx ends; then it accepts nothing new, ends running commands, and returns when nothing is left of these
+// and they are on record, which takes as long as it takes, and their answers have had their time.
 func (s *server) serve(ctx context.Context, l net.Listener) error {
 	h := &http.Server{Handler: s, ErrorLog: s.log, DisableGeneralOptionsHandler: true, MaxHeaderBytes: maxHeadBytes,
 		ReadHeaderTimeout: headerTimeout, ReadTimeout: s.patience, WriteTimeout: s.stall, IdleTimeout: idleTimeout}
@@ -143,17 +142,11 @@ func (s *server) serve(ctx context.Context, l net.Listener) error {
 		return err
 	}
 	s.runner.shutdown()
-	wait := shutdownWait
-	if snap, _, err := s.store.current(); err == nil {
-		wait += snap.KillGrace
-	}
-	for begun := time.Now(); s.commands.Load() > 0 && time.Since(begun) < wait; {
+	for s.runner.slots.Load() > 0 {
 		time.Sleep(shutdownPause)
 	}
-	late, cancel := context.WithTimeout(context.Background(), closeTimeout)
-	defer cancel()
-	h.Shutdown(late)
-	return h.Close() // whoever is still there has not sent a whole request, or does not read
+	time.AfterFunc(closeTimeout, func() { h.Close() }) // whoever is still there has not sent a whole request, or does not read
+	return h.Shutdown(context.Background())
 }
 
 // call is one request on its way through the gates, the command that it asks for, and its answer.
@@ -186,11 +179,16 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if r.ContentLength != 0 || !r.ProtoAtLeast(1, 1) { // until readArgs has read the body to its end
 		w.Header().Set("Connection", "close") // net/http ignores a Transfer-Encoding in HTTP/1.0: what follows may be the body
 	}
+	// Who takes nothing must not hold up the end for the whole of writeTimeout.
+	defer context.AfterFunc(s.runner.stopping, func() { c.SetWriteDeadline(time.Now().Add(closeTimeout)) })()
 	if c.failure = c.gates(); c.failure == nil {
 		s.mux.ServeHTTP(c, r)
 	}
-	if c.failure != nil {
-		c.fail(c.failure)
+	if e := c.failure; e != nil {
+		if e.Retryable {
+			w.Header().Set("Retry-After", strconv.Itoa(e.wait))
+		}
+		c.json(e.status, e)
 	}
 	if w.Header().Get("Connection") == "close" {
 		c.SetReadDeadline(time.Now().Add(lingerTimeout))
@@ -210,7 +208,7 @@ func (c *call) gates() *apiError {
 	switch {
 	case c.r.TransferEncoding != nil: // net/http hides a Content-Length beside it, and serves what stands behind (RFC 9112, 6.1)
 		return newError("invalid_request")
-	case !cleanPath(c.r.URL):
+	case unclean.MatchString(at) || strings.Count(c.r.URL.EscapedPath(), "/") != strings.Count(at, "/"): // or one of them is encoded
 		return newError("not_found")
 	case pattern == "GET /ping":
 		return nil
@@ -243,10 +241,7 @@ func (c *call) gates() *apiError {
 		return newError("method_not_allowed")
 	case pattern == "":
 		handler.ServeHTTP(silent{c.ResponseWriter}, c.r) // sets Allow if the path takes another method
-		if c.Header()["Allow"] != nil {
-			return newError("method_not_allowed")
-		}
-		return newError("not_found")
+		return newError(pick(c.Header()["Allow"] != nil, "method_not_allowed", "not_found"))
 	case !api:
 		return nil
 	}
@@ -262,13 +257,8 @@ type silent struct{ http.ResponseWriter }
 func (silent) WriteHeader(int)             {}
 func (silent) Write(p []byte) (int, error) { return len(p), nil }
 
-// cleanPath refuses what a proxy, the mux and a plugin could each read as another path.
-func cleanPath(u *url.URL) bool {
-	p := u.Path
-	clean := path.Clean(p) == p || path.Clean(p)+"/" == p && p != "//"
-	return strings.HasPrefix(p, "/") && clean && !strings.ContainsAny(p, "\x00\\") &&
-		strings.Count(u.EscapedPath(), "/") == strings.Count(p, "/") // none of them encoded
-}
+// unclean is what a proxy, the mux and a plugin could each read as another path: no / at the start, //, /./, /../, NUL, backslash.
+var unclean = regexp.MustCompile(`^([^/]|$)|//|/\.\.?(/|$)|[\x00\\]`)
 
 // announce reports what a reload brought; the store tells it to one request only.
 func (s *server) announce(snap *snapshot, err error) {
@@ -302,14 +292,13 @@ func (c *call) findKey() {
 			bearer = append(bearer, strings.TrimSpace(token))
 		}
 	}
-	c.source, c.keyed = "none", true
+	c.source = "none"
 	for i, keys := range [][]string{query, bearer, c.r.Header["X-Api-Key"]} {
 		if len(keys) > 0 {
+			c.keyed = (c.keyed || c.source == "none") && len(keys) == 1 && c.s.start.key.matches(keys[0])
 			c.source = []string{"query", "bearer", "header"}[i]
-			c.keyed = c.keyed && len(keys) == 1 && c.s.start.key.matches(keys[0])
 		}
 	}
-	c.keyed = c.keyed && c.source != "none"
 }
 
 // limiter is a token bucket for each client: an address (of IPv6 the /64), with the key or without, who cannot lock an agent out.

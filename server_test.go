@@ -729,6 +729,22 @@ func TestServerStalledReader(t *testing.T) {
 	}
 }
 
+// TestServerStalledReaderAtTheEnd: nor does it hold up the end, and its command is on record.
+func TestServerStalledReaderAtTheEnd(t *testing.T) {
+	ts := startServer(t, `{"exec":{"allow":["*"]},"maxStreamBytes":1000000000000,"timeoutMs":60000}`, nil, nil)
+	w := newWitness(t)
+	ts.dial().Write(wire(strings.Replace(execRequest("sh", "-c", "exec 3>"+w.path+"; echo up >&3; exec cat /dev/zero"), "/api/exec", "/api/exec?mode=stream", 1)))
+	w.await(t)
+	time.Sleep(200 * time.Millisecond) // for the connection to fill up
+	begun := time.Now()
+	if ts.stop(); time.Since(begun) > writeTimeout/2 { // far less, but on a machine that is busy
+		t.Errorf("it took %v to stop", time.Since(begun))
+	}
+	if n := len(ts.records("exec_end")); n != 1 {
+		t.Errorf("%d ends are recorded, want 1", n)
+	}
+}
+
 // TestServerSilentStream: a command may be silent for longer than one write may take, and its end is told all the same.
 func TestServerSilentStream(t *testing.T) {
 	ts := startServer(t, openSettings, nil, func(s *server) { s.stall = 100 * time.Millisecond })
