@@ -271,7 +271,7 @@ func each[T any](list []T, text func(T) string) []string {
 	return texts
 }
 
-func pick(yes bool, one, other string) string {
+func pick[T any](yes bool, one, other T) T {
 	if yes {
 		return one
 	}
