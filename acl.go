@@ -37,10 +37,7 @@ type ruleSpec struct {
 func (r ruleSpec) String() string { return pick(r.Argv == nil, r.Text, string(marshal(r.Argv))) }
 
 func (r ruleSpec) MarshalJSON() ([]byte, error) {
-	if r.Argv == nil {
-		return marshal(r.Text), nil
-	}
-	return marshal(r.Argv), nil
+	return pick(r.Argv == nil, marshal(r.Text), marshal(r.Argv)), nil
 }
 
 // ruleSet is the rules of one source.
@@ -114,12 +111,10 @@ func (r *rule) compile(own string) error {
 	case texts[n-1] == moreArgs:
 		texts, r.exact = texts[:n-1], nil
 	}
-	for i, text := range texts {
-		command, err := r.addWord(text)
-		if err != nil {
+	for _, text := range texts {
+		if err := r.addWord(text); err != nil {
 			return err
 		}
-		r.command = pick(i == 0, command, r.command)
 	}
 	if r.by.Allowed && strings.HasPrefix(r.Source, pluginSource) && (r.command == "" || r.command != own) {
 		return fmt.Errorf("a plugin may allow only its own command: begin the rule with %q and a space, literally", own)
@@ -128,26 +123,25 @@ func (r *rule) compile(own string) error {
 }
 
 // addWord compiles a string rule or an element of an argv rule. What looks like a rule of another kind is a mistake.
-func (r *rule) addWord(text string) (command string, err error) {
+func (r *rule) addWord(text string) (err error) {
 	element := r.Rule.Argv != nil
 	between := anchored.MatchString(text) || !element && strings.HasPrefix(text, "/") && strings.HasSuffix(text, "/")
 	looks := strings.HasPrefix(text, "/^") || !element && flagged.MatchString(text)
 	wild := element && !between && strings.ContainsAny(text, "*?[")
 	_, malformed := path.Match(text, "")
-	for _, mistake := range []struct {
-		made bool
-		say  string
-	}{
-		{!element && strings.TrimSpace(text) == "", "an empty rule names no command: remove it"},
-		{text == moreArgs, `"..." stands only at the end of an argv rule: write ["command", "..."], or "/^\.\.\.$/" for three dots`},
-		{strings.ContainsFunc(text, unicode.IsControl), `a rule has no control characters: write "\n" in a regexp`},
-		{looks && !between, `a regexp stands between slashes, without flags behind: "/(?i)^sudo/", in an argv rule "/^[0-9]+$/"`},
-		{between && !slashed.MatchString(text), `a regexp needs something between its slashes, a "/" as "\/"; paths: an argv rule`},
-		{wild && malformed != nil, `the pattern is not well formed: close the "[", or write "\[" for the character`},
-	} {
-		if mistake.made {
-			return "", errors.New(mistake.say)
-		}
+	switch {
+	case !element && strings.TrimSpace(text) == "":
+		return errors.New("an empty rule names no command: remove it")
+	case text == moreArgs:
+		return errors.New(`"..." stands only at the end of an argv rule: write ["command", "..."], or "/^\.\.\.$/" for three dots`)
+	case strings.ContainsFunc(text, unicode.IsControl):
+		return errors.New(`a rule has no control characters: write "\n" in a regexp`)
+	case looks && !between:
+		return errors.New(`a regexp stands between slashes, without flags behind: "/(?i)^sudo/", in an argv rule "/^[0-9]+$/"`)
+	case between && !slashed.MatchString(text):
+		return errors.New(`a regexp needs something between its slashes, a "/" as "\/"; paths: an argv rule`)
+	case wild && malformed != nil:
+		return errors.New(`the pattern is not well formed: close the "[", or write "\[" for the character`)
 	}
 	command, matches := pick(element, text, wordIn(text+" ")), func(s string) bool { return s == text }
 	if parts := strings.Split(text, "*"); between || wild || len(parts) > 1 {
@@ -159,8 +153,8 @@ func (r *rule) addWord(text string) (command string, err error) {
 	} else if wild {
 		command, matches = "", func(s string) bool { ok, _ := path.Match(text, s); return ok }
 	}
-	r.words = append(r.words, matches)
-	return command, err
+	r.command, r.words = pick(len(r.words) == 0, command, r.command), append(r.words, matches)
+	return err
 }
 
 // compileRegexp holds the regexp of an element to the whole of it: "^a|b$" would find "axx" and "xxb". For the command of a string rule its
@@ -177,8 +171,7 @@ func compileRegexp(body string, element, deny bool) (command string, matches fun
 	tree, err := syntax.Parse(body, syntax.Perl)
 	if err == nil && tree.Op == syntax.OpConcat && tree.Sub[0].Op == syntax.OpBeginText {
 		if start := tree.Sub[1]; start.Op == syntax.OpLiteral && start.Flags&syntax.FoldCase == 0 {
-			ended := len(tree.Sub) == 3 && tree.Sub[2].Op == syntax.OpEndText
-			command = wordIn(string(start.Rune) + pick(ended, " ", ""))
+			command = wordIn(string(start.Rune) + pick(len(tree.Sub) == 3 && tree.Sub[2].Op == syntax.OpEndText, " ", ""))
 		}
 	}
 	return command, re.MatchString, err
@@ -192,9 +185,8 @@ func globMatch(parts []string, s string) bool {
 	last := len(parts) - 1
 	s, ok := strings.CutPrefix(s, parts[0])
 	for _, part := range parts[1:last] {
-		if ok {
-			_, s, ok = strings.Cut(s, part)
-		}
+		_, rest, found := strings.Cut(s, part)
+		s, ok = rest, ok && found
 	}
 	return ok && strings.HasSuffix(s, parts[last])
 }
@@ -240,10 +232,8 @@ func (p policy) decide(argv []string) (approved, decision) {
 	joined := each(names, func(name string) string { return name + rest })
 	for _, r := range p {
 		for i, name := range names {
-			if r.by.Allowed && i == 0 && r.matches(name, argv[1:], joined[i]) {
-				return approved{slices.Clone(argv)}, r.by
-			} else if !r.by.Allowed && r.matches(name, argv[1:], joined[i]) {
-				return approved{}, r.by
+			if (i == 0 || !r.by.Allowed) && r.matches(name, argv[1:], joined[i]) {
+				return pick(r.by.Allowed, approved{slices.Clone(argv)}, approved{}), r.by
 			}
 		}
 	}
@@ -253,10 +243,7 @@ func (p policy) decide(argv []string) (approved, decision) {
 // approveUnchecked makes an approved value that no rule decided: only for a plugin's own hook file, for what a
 // trusted plugin with "invoke":"run" leads to, and for the help of a tool that the operator makes a plugin of.
 func approveUnchecked(argv []string) approved {
-	if checkArgv(argv) != nil {
-		return approved{} // fail safe: exec.go refuses it
-	}
-	return approved{slices.Clone(argv)}
+	return pick(checkArgv(argv) == nil, approved{slices.Clone(argv)}, approved{}) // fail safe: exec.go refuses the zero value
 }
 
 // finding is one risky thing about an allow rule, for `acl doctor`.

@@ -11,7 +11,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"slices"
 	"strings"
@@ -20,13 +19,11 @@ import (
 )
 
 const (
-	maxAuditRead     = 16 << 20               // bytes read back at once; 128 KiB of arguments, twice, as six for one, are less
-	maxAuditText     = 4 << 10                // bytes of a rule, a directory, a reason, and of a denied argv
-	maxAuditEndpoint = 256                    // bytes
-	maxAuthFailures  = 10                     // records a second
-	auditPatience    = 100 * time.Millisecond // for a FIFO that does not take a record
-	auditPoll        = 250 * time.Millisecond // between two looks at a followed log
-	allLines         = math.MaxInt            // for readAudit
+	maxAuditRead     = 16 << 20  // bytes read back at once; 128 KiB of arguments, twice, as six for one, are less
+	maxAuditText     = 4 << 10   // bytes of a rule, a directory, a reason, and of a denied argv
+	maxAuditEndpoint = 256       // bytes
+	maxAuthFailures  = 10        // records a second
+	allLines         = 1<<31 - 1 // for readAudit
 )
 
 var noPrev = strings.Repeat("0", 2*sha256.Size) // stands in the first record of a chain
@@ -93,11 +90,10 @@ func openAudit(file string, enabled bool, key *apiKey) (*auditLog, error) {
 func (l *auditLog) reconfigure(file string, enabled bool) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if file == l.file && enabled == l.enabled {
-		return nil
+	if file != l.file || enabled != l.enabled {
+		l.f.Close() // here and below: a nil file only says that it is none
+		l.f, l.info, l.file, l.enabled, l.last = nil, nil, file, enabled, auditHead{}
 	}
-	l.f.Close() // here and below: a nil file only says that it is none
-	l.f, l.info, l.file, l.enabled, l.last = nil, nil, file, enabled, auditHead{}
 	if !enabled {
 		return nil
 	}
@@ -153,28 +149,27 @@ func (l *auditLog) open() error {
 	if err == nil && l.f != nil && os.SameFile(now, l.info) && now.Size() == l.info.Size() && now.ModTime().Equal(l.info.ModTime()) {
 		return nil
 	}
-	f, now, err := openTrusted(l.file, os.O_RDWR|os.O_APPEND|os.O_CREATE, 0)
+	f, now, err := openAppend(l.file, os.O_RDWR)
 	l.f.Close() // only now: until then a new file could not have the old one's inode number
-	if l.f = f; err == nil && now.Mode().IsRegular() {
-		err = l.takeUp(now)
+	if l.f = nil; err == nil && now.Mode().IsRegular() {
+		err = l.takeUp(f, now)
 	}
 	if err != nil {
-		l.f.Close()
-		l.f = nil
+		f.Close()
 		return err
 	}
-	l.info = now
+	l.f, l.info = f, now
 	return nil
 }
 
 // takeUp locks the file, and goes on with the chain that is in memory, whatever the file holds: a new or empty one is what a rotation by
 // rename leaves, anything else is a break. Without one the chain is taken from the file's end: a crash leaves a line without newline, which
 // the next record covers; a line that is no record and has one is left for verify to find.
-func (l *auditLog) takeUp(now os.FileInfo) error {
-	if locked, err := lockLog(l.f); !locked {
+func (l *auditLog) takeUp(f *os.File, now os.FileInfo) error {
+	if locked, err := lockLog(f); !locked {
 		return cmp.Or(err, fmt.Errorf("another server writes the audit log %q: stop it, or name another file in audit.file", l.file))
 	}
-	lines, torn, err := readLines(l.f, max(0, now.Size()-maxAuditRead))
+	lines, torn, err := readLines(f, max(0, now.Size()-maxAuditRead))
 	l.unended = len(torn) > 0
 	if l.info != nil && (os.SameFile(now, l.info) || now.Size() > 0) {
 		l.alarm = cmp.Or(l.alarm, fmt.Sprintf("somebody else changed the log: it had %d bytes and has %d", l.info.Size(), now.Size()))
@@ -192,17 +187,21 @@ func (l *auditLog) takeUp(now os.FileInfo) error {
 	return err
 }
 
-// write appends one line with one write(2). It is on disk as far as the kernel promises without fsync(2), which would cost
-// milliseconds: it outlives this process, not a power cut. What a failed write left is cut off again, or else stays as a torn line.
+// write takes the key out of every text that others have a hand in, cuts what may be long, and appends one line with one write(2). It is on
+// disk as far as the kernel promises without fsync(2), which would cost milliseconds: it outlives this process, not a power cut. What a
+// failed write left is cut off again, or else stays as a torn line.
 func (l *auditLog) write(r auditRecord) error {
-	l.clean(&r)
+	r.Endpoint = l.text(r.Endpoint, maxAuditEndpoint)
+	r.Cwd, r.Rule, r.Reason = l.text(r.Cwd, maxAuditText), l.text(r.Rule, maxAuditText), l.text(r.Reason, maxAuditText)
+	limit := pick(r.Event == "exec_denied", maxAuditText, maxAuditRead) // that is none: what may run was held to 128 KiB before
+	for _, argv := range []*[]string{&r.Argv, &r.OriginalArgv} {        // cut as one text, for no argument has a NUL byte
+		*argv = strings.SplitN(l.text(strings.Join(*argv, "\x00"), limit), "\x00", len(*argv))
+	}
 	r.Seq, r.Timestamp, r.Prev = l.last.Seq+1, l.now().UTC().Format("2006-01-02T15:04:05.000Z"), cmp.Or(l.last.Digest, noPrev)
 	var line bytes.Buffer
-	if l.unended {
-		line.WriteByte('\n')
-	}
-	escapeWriter{&line}.Write(append(marshal(r), '\n')) // JSON leaves DEL, U+0080 to U+009F and formatting characters raw
-	l.f.SetWriteDeadline(time.Now().Add(auditPatience)) // what knows no deadlines does not wait
+	// JSON leaves DEL, U+0080 to U+009F and formatting characters raw.
+	fmt.Fprintf(escapeWriter{&line}, "%s%s\n", pick(l.unended, "\n", ""), marshal(r))
+	l.f.SetWriteDeadline(time.Now().Add(time.Second / 10)) // for a FIFO that does not take it; what knows no deadlines does not wait
 	n, err := l.f.Write(line.Bytes())
 	if err != nil && l.f.Truncate(l.info.Size()) == nil {
 		n = 0
@@ -213,25 +212,9 @@ func (l *auditLog) write(r auditRecord) error {
 	if n >= line.Len()-1 { // a line that only lacks its newline is read back as a record
 		l.last.Seq = r.Seq
 	}
-	if info, bad := l.f.Stat(); bad == nil {
-		l.info = info
-	}
-	return err
-}
-
-// clean takes the key out of every text that others have a hand in, and cuts what may be long.
-func (l *auditLog) clean(r *auditRecord) {
-	r.Endpoint = l.text(r.Endpoint, maxAuditEndpoint)
-	r.Cwd, r.Rule, r.Reason = l.text(r.Cwd, maxAuditText), l.text(r.Rule, maxAuditText), l.text(r.Reason, maxAuditText)
-	limit := maxAuditRead // none: what may run was held to 128 KiB before
-	if r.Event == "exec_denied" {
-		limit = maxAuditText
-	}
-	for _, argv := range []*[]string{&r.Argv, &r.OriginalArgv} {
-		if len(*argv) > 0 { // cut as one text, for no argument has a NUL byte
-			*argv = strings.Split(l.text(strings.Join(*argv, "\x00"), limit), "\x00")
-		}
-	}
+	info, bad := l.f.Stat()
+	l.info = info
+	return cmp.Or(err, bad)
 }
 
 // text is s without the key, and only then cut to at most limit bytes, between characters and marked, so that no cut leaves half a key.
@@ -244,10 +227,9 @@ func (l *auditLog) text(s string, limit int) string {
 
 func auditDigest(line []byte) string { return fmt.Sprintf("%x", sha256.Sum256(line)) }
 
-// openAppend opens a file for append: the server's own log.
-func openAppend(file string) (*os.File, error) {
-	f, _, err := openTrusted(file, os.O_WRONLY|os.O_APPEND|os.O_CREATE, 0)
-	return f, err
+// openAppend opens a file for append, this log or the server's own.
+func openAppend(file string, access int) (*os.File, os.FileInfo, error) {
+	return openTrusted(file, access|os.O_APPEND|os.O_CREATE, 0)
 }
 
 // auditLine is one line that was read back, whoever wrote it.
@@ -284,14 +266,11 @@ func readAudit(file string, n int, follow bool, emit func(auditLine) error) erro
 	if !info.Mode().IsRegular() {
 		return fmt.Errorf("%q is not a regular file: name another", file)
 	}
-	at, anew := int64(0), false
-	if n < allLines {
-		at = max(0, info.Size()-maxAuditRead)
-	}
+	at, anew := pick(n < allLines, max(0, info.Size()-maxAuditRead), 0), false
 	for ; ; n = allLines {
 		lines, rest, err := readLines(f, at)
 		end := len(lines) == 0
-		if end && n == allLines && !follow && len(rest) > 0 {
+		if end && n >= allLines && !follow && len(rest) > 0 {
 			lines = append(lines, rest)
 		}
 		for i, line := range lines {
@@ -307,7 +286,7 @@ func readAudit(file string, n int, follow bool, emit func(auditLine) error) erro
 			f.Close()
 			return readAudit(file, allLines, follow, emit)
 		case follow:
-			time.Sleep(auditPoll)
+			time.Sleep(time.Second / 4)
 			now, gone := os.Lstat(file) // before it is read again: a file that was renamed away may have got a last line
 			anew = gone == nil && (!os.SameFile(now, info) || now.Size() < at)
 		}
@@ -316,10 +295,9 @@ func readAudit(file string, n int, follow bool, emit func(auditLine) error) erro
 
 // auditReport is what was found in a chain.
 type auditReport struct {
-	Records int
-	Begins  uint64 // number of the first record: not 1 in a rotated file
-	Head    auditHead
-	Torn    int // torn lines, kept and covered
+	Records, Torn int    // torn lines are kept and covered
+	Begins        uint64 // number of the first record: not 1 in a rotated file
+	Head          auditHead
 }
 
 // verifyAudit reads a whole log; the error names the first line that breaks the chain. With a known head, that record must be in it, or be

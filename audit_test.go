@@ -423,7 +423,7 @@ func cutLastLine(file string) error {
 }
 
 func addToFile(file, text string) error {
-	f, err := openAppend(file)
+	f, _, err := openAppend(file, os.O_WRONLY)
 	if err != nil {
 		return err
 	}
@@ -515,7 +515,7 @@ func TestAuditOnlyPlainFiles(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, bad := range []string{link, fifo, dir, "/dev/null", filepath.Join(dir, "absent", "file")} {
-		if f, err := openAppend(bad); err == nil && bad != "/dev/null" {
+		if f, _, err := openAppend(bad, os.O_WRONLY); err == nil && bad != "/dev/null" {
 			f.Close()
 			t.Errorf("%s was opened for append", bad)
 		}
@@ -1030,7 +1030,7 @@ func BenchmarkAuditRecord(b *testing.B) {
 			b.Fatal(err)
 		}
 		line := []byte(readTestFile(b, file))
-		f, err := openAppend(filepath.Join(b.TempDir(), "floor"))
+		f, _, err := openAppend(filepath.Join(b.TempDir(), "floor"), os.O_WRONLY)
 		if err != nil {
 			b.Fatal(err)
 		}

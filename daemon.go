@@ -77,7 +77,7 @@ func findServer(p paths) (info serverInfo, running bool, err error) {
 // no terminal's end or Ctrl-C reaches it. It returns when the server answers, or has ended with this error; what it opened ends with
 // this process.
 func (t *terminal) startBackground() error {
-	output, err := openAppend(t.log)
+	output, _, err := openAppend(t.log, os.O_WRONLY)
 	ours, theirs, noPipe := os.Pipe()
 	if err = errors.Join(err, noPipe); err != nil {
 		return err
