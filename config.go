@@ -360,6 +360,7 @@ func rewriteFile(path string, data []byte) error {
 	}
 	defer os.Remove(f.Name()) // finds nothing after the rename
 	if info, e := os.Lstat(path); e == nil {
+		f.Chown(-1, int(info.Sys().(*syscall.Stat_t).Gid)) // the server may read it as its group; who may not give it keeps his own
 		err = f.Chmod(info.Mode().Perm())
 	}
 	_, writeErr := f.Write(data)

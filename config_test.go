@@ -454,3 +454,26 @@ func TestRewriteFile(t *testing.T) {
 		t.Errorf("replaced a directory, or left something: %v, %q", err, configNames(t, dir))
 	}
 }
+
+// TestEditKeepsTheGroup: a server that reads its settings as their group (root:aexec 0640) must still do so after root's acl add.
+func TestEditKeepsTheGroup(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root gives files to any group")
+	}
+	const group = 65534
+	path := filepath.Join(t.TempDir(), "settings.json")
+	configWrite(t, path, "old", 0o640)
+	if err := os.Chown(path, -1, group); err != nil {
+		t.Fatal(err)
+	}
+	if err := rewriteFile(path, []byte("new")); err != nil {
+		t.Fatal(err)
+	}
+	info, err := os.Lstat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if gid, mode := info.Sys().(*syscall.Stat_t).Gid, info.Mode().Perm(); gid != group || mode != 0o640 {
+		t.Errorf("after the edit: group %d, mode %04o", gid, mode)
+	}
+}

@@ -136,7 +136,7 @@ func holders(p paths, port string) (map[int]string, error) {
 	if running && (port == "" || strings.HasSuffix(info.Address, ":"+port)) {
 		found[info.Pid] = "aexec"
 	}
-	number, _ := strconv.ParseUint(port, 10, 16) // of 0, no process listens
+	number, _ := strconv.ParseUint(port, 10, 64) // of 0, or of more than 65535, no process listens
 	table, _ := os.ReadFile("/proc/net/tcp")     // missing where there is no such protocol, or no /proc
 	table6, _ := os.ReadFile("/proc/net/tcp6")
 	// A line has a number, the local and the other address, the state, 0A for listening, and after five more the inode (proc_pid_net(5)).

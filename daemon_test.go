@@ -411,6 +411,22 @@ func TestPortHolders(t *testing.T) {
 	}
 }
 
+// TestNoPortIsTakenForAnother: 99999 is no port, and above all not 65535, the largest there is.
+func TestNoPortIsTakenForAnother(t *testing.T) {
+	h := newDaemonHome(t)
+	l, err := net.Listen("tcp", "127.0.0.1:65535")
+	if err != nil {
+		t.Skip("another process has the port: ", err)
+	}
+	defer l.Close()
+	if found, err := holders(h.paths, "65535"); found[os.Getpid()] == "" || err != nil {
+		t.Fatalf("the listener is not found: %v, %v", found, err)
+	}
+	if found, err := holders(h.paths, "99999"); len(found) > 0 || err != nil {
+		t.Errorf("who listens on 65535 is named for 99999: %v, %v", found, err)
+	}
+}
+
 // ---- the wiring
 
 // A server that dies without a word, by a panic for example, has not started: this test binary refuses to be one.
