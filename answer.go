@@ -444,10 +444,10 @@ func (c *call) answer(result map[string]any) {
 	if c.out.signalNumber > 0 {
 		code = 128 + c.out.signalNumber
 	}
-	if last.apiError != nil {
+	if c.text && c.stream && last.apiError != nil {
 		c.Header().Set("X-Exec-Error", last.Code)
 	}
-	if status == 200 {
+	if c.text && status == 200 {
 		c.Header().Set("X-Exit-Code", strconv.Itoa(code))
 	}
 	switch {

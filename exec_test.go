@@ -662,6 +662,29 @@ func TestNoLeaks(t *testing.T) {
 	}
 }
 
+// TestManyRunsFewThreads: a running command holds no thread, as at a limit of tasks one more would be the server's end.
+func TestManyRunsFewThreads(t *testing.T) {
+	if runtime.GOOS != "linux" {
+		t.Skip("no pidfd")
+	}
+	r, ctx := theRunner(t), t.Context()
+	threads := func() int { list, _ := os.ReadDir("/proc/self/task"); return len(list) }
+	before := threads()
+	var runs sync.WaitGroup
+	for range 60 {
+		runs.Go(func() {
+			if o := r.run(ctx, testCommand("sleep", "2")); o.end != endExit || !o.exited {
+				t.Errorf("%+v", o)
+			}
+		})
+	}
+	time.Sleep(time.Second)
+	if now := threads(); now > before+30 {
+		t.Errorf("%d threads with 60 commands, %d before", now, before)
+	}
+	runs.Wait()
+}
+
 // TestKilledAtBirth: what kills a command between its birth and its start leaves its status to its own run.
 func TestKilledAtBirth(t *testing.T) {
 	r := theRunner(t)

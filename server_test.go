@@ -1112,6 +1112,9 @@ func TestServerHooks(t *testing.T) {
 		if resp.StatusCode != c.status || !strings.Contains(body, c.holds) {
 			t.Errorf("%s %s %s %s: %d %s\n%s", c.kind, c.method, c.target, c.body, resp.StatusCode, body, ts.log)
 		}
+		if code := resp.Header.Get("X-Exit-Code"); code != "" && !strings.Contains(c.target, "format=text") {
+			t.Errorf("X-Exit-Code %s beside JSON, which may be the after hook's own", code)
+		}
 		if allow := resp.Header.Get("Allow"); c.status == 405 && allow != "GET" {
 			t.Errorf("Allow: %q", allow)
 		}

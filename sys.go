@@ -86,11 +86,19 @@ func isDead(pid int) bool {
 	return len(f) > 17 && (f[0] == "Z" || f[0] == "X") && (f[17] == "0" || f[17] == "1")
 }
 
-// waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own (waitid(2); 1 is P_PID).
+// waitExit returns when the child is dead, and leaves it unreaped, so that its number stays its own (waitid(2); 1 is P_PID). With a
+// pidfd the runtime's poller waits; where there is none, a thread is held, and at a limit of tasks one more would be fatal.
 func waitExit(pid int) {
-	var info [16]uint64
-	for again := syscall.EINTR; again == syscall.EINTR; {
-		_, _, again = syscall.Syscall6(syscall.SYS_WAITID, 1, uintptr(pid), uintptr(unsafe.Pointer(&info)), syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+	watch, info := os.NewFile(uintptr(pidfd(pid)), "pidfd"), new([16]uint64)
+	defer watch.Close()
+	dead := func(flags uintptr) bool {
+		_, _, err := syscall.Syscall6(syscall.SYS_WAITID, 1, uintptr(pid), uintptr(unsafe.Pointer(info)), flags|syscall.WEXITED|syscall.WNOWAIT, 0, 0)
+		return err != syscall.EINTR && (err != 0 || info[0] != 0)
+	}
+	if c, err := watch.SyscallConn(); err == nil {
+		c.Read(func(uintptr) bool { return dead(syscall.WNOHANG) })
+	}
+	for !dead(0) {
 	}
 }
 

@@ -26,6 +26,9 @@ func childAttributes() *syscall.SysProcAttr {
 	return &syscall.SysProcAttr{Setsid: true, Pdeathsig: syscall.SIGKILL}
 }
 
+// pidfd is readable when the child is dead (pidfd_open(2)); -1 where the kernel has none for the poller (before 5.10).
+func pidfd(pid int) int { fd, _ := unix.PidfdOpen(pid, unix.PIDFD_NONBLOCK); return fd }
+
 // ownBinary is this very program, even when its file was replaced or removed.
 func ownBinary() string { return "/proc/self/exe" }
 

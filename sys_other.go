@@ -19,5 +19,6 @@ func ownBinary() string                                   { path, _ := os.Execut
 func setTag(runTag) error                                 { return nil }
 func tagOf(int) (runTag, bool)                            { return untagged, true }
 func prepareSpawner(bool)                                 {}
+func pidfd(int) int                                       { return -1 }
 func startsAtOnce(path string) (string, bool)             { return path, true }
 func statChangeTime(st *syscall.Stat_t) (sec, nsec int64) { return st.Ctimespec.Unix() }
