@@ -440,7 +440,7 @@ func cliPluginEdit(t *terminal) error {
 	if err := editPlugin(t.paths, t.settings, name, action); err != nil {
 		return err
 	}
-	return t.say("plugin %q: %sd, %s", name, action, pick(action == "disable", "at once (a restart unloads it)", "after aexec restart"))
+	return t.say("plugin %q: %sd; %s", name, action, pick(action == "enable", "it works after aexec restart", "the next restart unloads it"))
 }
 
 func cliPluginDoctor(t *terminal) error {

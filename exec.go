@@ -284,7 +284,9 @@ func (x *run) attend() (why end, begun bool) {
 	for tick := time.Tick(orphanRound); x.ctx.Err() == nil; {
 		select {
 		case <-x.exited:
-			return endExit, true
+			if x.ctx.Err() == nil { // else it may be that nothing was started
+				return endExit, true
+			}
 		case <-tick:
 			x.round(nil)
 		case <-x.ctx.Done():
@@ -476,10 +478,7 @@ func closeFiles(files []*os.File) {
 // move reads standard output (1) or error (2) to its end; what fits the limit is kept, in pieces, or handed to the sink.
 func (x *run) move(fd int) {
 	var source io.Reader = x.ourSide[fd]
-	piece, size := []byte(nil), chunkBytes
-	if x.sink != nil {
-		size = streamBytes
-	}
+	piece, size := make([]byte, 0, chunkBytes), pick(x.sink == nil, chunkBytes, streamBytes)
 	for {
 		if len(piece) == cap(piece) {
 			piece = make([]byte, 0, size)
@@ -495,7 +494,9 @@ func (x *run) move(fd int) {
 		x.bytes[fd] += int64(n)
 		if piece = piece[:len(piece)+n]; x.sink != nil {
 			x.hand(fd, piece)
-			piece = piece[:0]
+			if len(piece) < cap(piece) || cap(piece) == size {
+				piece = piece[:0] // else the next one is larger
+			}
 		} else if err != nil || len(piece) == cap(piece) {
 			x.captured[fd] = append(x.captured[fd], piece)
 		}
