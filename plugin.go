@@ -321,8 +321,7 @@ func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(c
 	if err = cmp.Or(err, wrong, checkTrustedDir(p.plugins)); err != nil {
 		return false, "", err
 	}
-	template, _ := skillFiles.ReadFile("skills/_plugin.md") // it is built in
-	parts := strings.Split(string(template), "\n=====\n")   // SKILL.md, references/usage.md, settings.json, one request
+	parts := strings.Split(skillText("_plugin.md"), "\n=====\n") // SKILL.md, references/usage.md, settings.json, one request
 	rules, requests, said, found := []string{}, "", [2]string{"(nothing)", "(nothing)"}, false
 	for i, forms := range [][]string{{"--help", "-h", "help"}, {"--version", "-v", "version"}} {
 		for _, form := range forms {

@@ -159,7 +159,7 @@ func editList(text, key string, value any, remove bool) string {
 // ---- settings
 
 // defaultSettings is the defaults, and the schema: what it does not have is unknown. Setup writes it with one rule.
-var defaultSettings = defaultText("_settings.json")
+var defaultSettings = skillText("_settings.json")
 
 // restartOnly are the settings that do not reload.
 var restartOnly = []string{"maxRequestBodyBytes", "rateLimit.windowMs", "rateLimit.max", "plugins.mode", "plugins.enabled"}
