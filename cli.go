@@ -53,8 +53,8 @@ var cliCommands = map[string]cliCommand{
 	"acl list":       {cliACLList, ofPolicy, true},
 	"acl check":      {cliACLCheck, ofPolicy, true},
 	"acl doctor":     {cliACLDoctor, ofPolicy, false},
-	"acl add":        {cliACLEdit, nothing, false},
-	"acl remove":     {cliACLEdit, nothing, false},
+	"acl add":        {cliACLEdit, ofSettings, false},
+	"acl remove":     {cliACLEdit, ofSettings, false},
 	"audit":          {cliAudit, nothing, false},
 	"audit verify":   {cliAuditVerify, nothing, true},
 	"plugin list":    {cliPluginList, ofSettings, true},
@@ -415,7 +415,7 @@ func cliACLEdit(t *terminal) error {
 	if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
 		return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", rule, why)
 	}
-	if err := editRules(t.paths, list, r, remove, t.rules); err != nil {
+	if err := editRules(t.paths, t.settings, list, r, remove, t.rules); err != nil {
 		return err
 	}
 	return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, rule)

@@ -127,11 +127,9 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 // startupNames are all that .env may set, in the order of `aexec config`.
 var startupNames = []string{"API_KEY", "HOST", "PORT", "AGENT_EXEC_ENABLED", "AGENT_EXEC_ALLOW_QUERY_API_KEY"}
 
-// A line of .env: a name, and a value in quotes or without spaces, and perhaps a comment.
-var (
-	envLine = regexp.MustCompile(`^(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'#]\S*)?)(?:\s+#.*)?$`)
-	keyLine = regexp.MustCompile(`(?m)^([ \t]*(?:export\s+)?)API_KEY\s*=.*$`)
-)
+// A line of .env: nothing, or a comment, or a name, a value in quotes or without spaces, and perhaps a comment.
+var envLine = regexp.MustCompile(`^(?:#.*|(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'#]\S*)?)(?:\s+#.*)?)?$`)
+var keyLine = regexp.MustCompile(`(?m)^([ \t]*(?:export\s+)?)API_KEY\s*=.*$`)
 
 // readEnvFile reads .env; a missing one is empty, for the environment may have it all. No error quotes a value: it may be the key.
 func readEnvFile(p paths) (map[string]string, error) {
@@ -141,15 +139,13 @@ func readEnvFile(p paths) (map[string]string, error) {
 	}
 	values := map[string]string{}
 	for i, line := range strings.Split(string(data), "\n") {
-		if line = strings.TrimSpace(line); line == "" || line[0] == '#' {
-			continue
-		}
-		m := envLine.FindStringSubmatch(line)
-		if m == nil || !slices.Contains(startupNames, m[1]) || values[m[1]] != "" {
+		m := envLine.FindStringSubmatch(strings.TrimSpace(line))
+		if m == nil || m[1] != "" && !slices.Contains(startupNames, m[1]) || values[m[1]] != "" {
 			return nil, fmt.Errorf("%s:%d: is not KEY=VALUE with a key of %s, each once", p.env, i+1, strings.Join(startupNames, ", "))
 		}
 		values[m[1]] = m[2] + m[3] + m[4]
 	}
+	delete(values, "") // of comments
 	return values, nil
 }
 
@@ -487,29 +483,12 @@ func (s *store) current() (snap *snapshot, news bool, err error) {
 }
 
 // editRules adds or removes one rule of exec.allow or exec.deny in place. What would not load is not written.
-func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleSet) error {
-	s, err := loadSettings(p)
-	if err != nil {
-		return err
-	}
+func editRules(p paths, s *settings, list string, rule ruleSpec, remove bool, plugins []ruleSet) error {
 	text := editList(s.source.text, "exec."+list, rule, remove)
 	if _, err := newSnapshot(p, []byte(text), plugins); err != nil {
 		return err
 	}
 	return s.replace(p, "exec."+list, text)
-}
-
-// editPluginState enables or disables a plugin in place. Whether exec.tests still hold is not tried: that takes the plugins' rules.
-func editPluginState(p paths, name string, enable bool) error {
-	s, err := loadSettings(p)
-	if err != nil {
-		return err
-	}
-	text := editList(s.source.text, "plugins.disabled", name, enable)
-	if enable && s.PluginsMode == "explicit" {
-		text = editList(text, "plugins.enabled", name, false)
-	}
-	return s.replace(p, "plugins", text)
 }
 
 // replace puts another text, in which the key is edited, in the place of settings.json.
