@@ -24,7 +24,7 @@ import (
 	"unicode/utf8"
 )
 
-//go:embed skills/*/SKILL.md skills/_root.md skills/_page.html skills/_errors.txt skills/_plugin.md
+//go:embed skills/*/SKILL.md skills/_*
 var skillFiles embed.FS
 
 // apiError is the one shape of every error.

@@ -181,7 +181,7 @@ func (t *terminal) on(name string) bool { return t.flags[name] == "true" }
 
 // helpText is one text of skills/_help.txt.
 func helpText(name string) string {
-	_, text, _ := strings.Cut(defaultText("_help.txt"), "\n== "+name+"\n")
+	_, text, _ := strings.Cut(skillText("_help.txt"), "\n== "+name+"\n")
 	text, _, _ = strings.Cut(text, "\n== ")
 	return text
 }
@@ -386,7 +386,7 @@ func cliACLEdit(t *terminal) error {
 	if why := broad(r); why != "" && !remove && list == "allow" && !t.on("force") {
 		return fmt.Errorf("the rule %s is broad: %s\nhint: write a narrower one, or add --force", rule, why)
 	}
-	if err := editRules(t.paths, list, r, remove, t.store.plugins); err != nil {
+	if err := editRules(t.paths, t.settings, list, r, remove, t.store.plugins); err != nil {
 		return err
 	}
 	return t.say("%s exec.%s: %s, from the next request on", pick(remove, "removed from", "added to"), list, rule)

@@ -8,7 +8,6 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"crypto/subtle"
-	"embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,7 +16,6 @@ import (
 	"maps"
 	"os"
 	"os/user"
-	"path"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -40,14 +38,6 @@ const (
 // What openTrusted refuses of a mode: that others write, or that they do anything.
 const guarded, private fs.FileMode = 0o022, 0o077
 
-//go:embed skills/_settings.json skills/_env.txt skills/_help.txt
-var defaultFiles embed.FS
-
-func defaultText(name string) string {
-	text, _ := defaultFiles.ReadFile("skills/" + name) // embedded, so there is no error
-	return string(text)
-}
-
 // apiKey is the shared secret. It prints as [API_KEY] whatever the verb. The pointer is for where fmt may not call methods
 // (an unexported field): there a wrong verb would show a plain struct.
 type apiKey struct{ *keySecret }
@@ -56,7 +46,8 @@ type keySecret struct{ text string }
 
 func newAPIKey(text string) (*apiKey, error) {
 	if len(text) < minKeyChars || len(text) > maxKeyChars || strings.ContainsFunc(text, func(c rune) bool { return c <= ' ' || c > '~' }) {
-		return nil, fmt.Errorf("the API_KEY needs %d to %d printable ASCII characters, no spaces: run aexec key rotate", minKeyChars, maxKeyChars)
+		return nil, fmt.Errorf("the API_KEY needs %d to %d printable ASCII characters, no spaces: "+
+			"run aexec setup if there is no .env, else aexec key rotate", minKeyChars, maxKeyChars)
 	}
 	return &apiKey{&keySecret{text}}, nil
 }
@@ -81,14 +72,12 @@ func configPaths() (paths, error) {
 	if dir == "" && err != nil {
 		return paths{}, errors.New("there is no HOME to find the configuration in: set HOME or AGENT_EXEC_CONFIG_DIR")
 	}
-	if dir, err = filepath.Abs(cmp.Or(dir, filepath.Join(home, ".to-agent", "agent-exec"))); err != nil {
-		return paths{}, err
-	}
-	if real, err := filepath.EvalSymlinks(dir); err == nil {
+	dir, err = filepath.Abs(cmp.Or(dir, filepath.Join(home, ".to-agent", "agent-exec")))
+	if real, missing := filepath.EvalSymlinks(dir); missing == nil {
 		dir = real
 	}
-	if strconv.Quote(dir) != `"`+dir+`"` { // from here on it can be printed as it is
-		return paths{}, fmt.Errorf("the configuration directory %q needs a name without quotes and control characters", dir)
+	if err != nil || strconv.Quote(dir) != `"`+dir+`"` { // from here on it can be printed as it is
+		return paths{}, cmp.Or(err, fmt.Errorf("the configuration directory %q needs a name without quotes and control characters", dir))
 	}
 	in := func(name string) string { return filepath.Join(dir, name) }
 	return paths{dir, in(".env"), in("settings.json"), in("plugins"), in("audit.jsonl"), in("agent-exec.log"), in("agent-exec.pid")}, nil
@@ -120,21 +109,15 @@ func takeEnv(name string) string {
 func loadStartup(p paths, f startupFlags) (startup, error) {
 	file, err := readEnvFile(p)
 	value := func(name, flag string) string { return cmp.Or(flag, os.Getenv(name), file[name]) }
-	portText, keyText := cmp.Or(value("PORT", f.port), "3333"), value("API_KEY", f.key)
+	portText := cmp.Or(value("PORT", f.port), "3333")
 	port, portErr := strconv.ParseUint(portText, 10, 16)
-	switch {
-	case err != nil:
-	case portErr != nil:
-		err = fmt.Errorf("PORT is %q, and not a number from 0 to 65535: look at the flags, the environment and %s", portText, p.env)
-	case keyText == "":
-		err = fmt.Errorf("there is no API_KEY in the environment or in %s: run aexec setup", p.env)
-	default:
-		err = checkTrustedDir(p.dir)
+	if portErr != nil {
+		portErr = fmt.Errorf("PORT is %q, and not a number from 0 to 65535: look at the flags, the environment and %s", portText, p.env)
 	}
-	if err != nil {
-		return startup{}, err
+	key, keyErr := newAPIKey(value("API_KEY", f.key))
+	if err = cmp.Or(err, portErr, checkTrustedDir(p.dir), keyErr); err != nil {
+		key = nil
 	}
-	key, err := newAPIKey(keyText)
 	return startup{
 		key: key, keyInEnv: f.key == "" && os.Getenv("API_KEY") != "", host: cmp.Or(value("HOST", f.host), "127.0.0.1"), port: int(port),
 		enabled: value("AGENT_EXEC_ENABLED", "") == "true", allowQueryKey: value("AGENT_EXEC_ALLOW_QUERY_API_KEY", "") == "true",
@@ -144,11 +127,9 @@ func loadStartup(p paths, f startupFlags) (startup, error) {
 // startupNames are all that .env may set, in the order of `aexec config`.
 var startupNames = []string{"API_KEY", "HOST", "PORT", "AGENT_EXEC_ENABLED", "AGENT_EXEC_ALLOW_QUERY_API_KEY"}
 
-// A line of .env: a name, and a value in quotes or without spaces, and perhaps a comment.
-var (
-	envLine = regexp.MustCompile(`^(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'#]\S*)?)(?:\s+#.*)?$`)
-	keyLine = regexp.MustCompile(`(?m)^([ \t]*(?:export\s+)?)API_KEY\s*=.*$`)
-)
+// A line of .env: nothing, or a comment, or a name, a value in quotes or without spaces, and perhaps a comment.
+var envLine = regexp.MustCompile(`^(?:#.*|(?:export\s+)?(\w+)\s*=\s*(?:"([^"]*)"|'([^']*)'|([^\s"'#]\S*)?)(?:\s+#.*)?)?$`)
+var keyLine = regexp.MustCompile(`(?m)^([ \t]*(?:export\s+)?)API_KEY\s*=.*$`)
 
 // readEnvFile reads .env; a missing one is empty, for the environment may have it all. No error quotes a value: it may be the key.
 func readEnvFile(p paths) (map[string]string, error) {
@@ -158,15 +139,13 @@ func readEnvFile(p paths) (map[string]string, error) {
 	}
 	values := map[string]string{}
 	for i, line := range strings.Split(string(data), "\n") {
-		if line = strings.TrimSpace(line); line == "" || line[0] == '#' {
-			continue
-		}
-		m := envLine.FindStringSubmatch(line)
-		if m == nil || !slices.Contains(startupNames, m[1]) || values[m[1]] != "" {
+		m := envLine.FindStringSubmatch(strings.TrimSpace(line))
+		if m == nil || m[1] != "" && !slices.Contains(startupNames, m[1]) || values[m[1]] != "" {
 			return nil, fmt.Errorf("%s:%d: is not KEY=VALUE with a key of %s, each once", p.env, i+1, strings.Join(startupNames, ", "))
 		}
 		values[m[1]] = m[2] + m[3] + m[4]
 	}
+	delete(values, "") // of comments
 	return values, nil
 }
 
@@ -179,19 +158,17 @@ func rotateKey(p paths) error {
 	if err != nil {
 		return orSetup(err)
 	}
-	line := newKeyLine()
-	text := keyLine.ReplaceAllString(string(data), "${1}"+line)
 	if !keyLine.Match(data) {
-		text = line + "\n" + text
+		data = append([]byte("API_KEY=\n"), data...)
 	}
-	return rewriteFile(p.env, []byte(text))
+	return rewriteFile(p.env, keyLine.ReplaceAll(data, []byte("${1}"+newKeyLine())))
 }
 
 // createConfig makes what is missing of the directory, keeps what is there, and says which is which.
 func createConfig(p paths) (made, kept []string, err error) {
 	texts := map[string]string{
 		p.settings: strings.Replace(defaultSettings, `"allow": []`, `"allow": ["aexec --version"]`, 1),
-		p.env:      strings.Replace(defaultText("_env.txt"), "API_KEY="+redactedKey, newKeyLine(), 1),
+		p.env:      strings.Replace(skillText("_env.txt"), "API_KEY="+redactedKey, newKeyLine(), 1),
 	}
 	for _, path := range []string{p.dir, p.plugins, p.settings, p.env} {
 		if _, err := os.Lstat(path); err == nil {
@@ -217,7 +194,7 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 	vars := map[string]string{}
 	for _, variable := range os.Environ() {
 		name, value, _ := strings.Cut(variable, "=")
-		if slices.ContainsFunc(keep, func(k string) bool { ok, _ := path.Match(k, name); return ok }) {
+		if slices.ContainsFunc(keep, func(k string) bool { ok, _ := filepath.Match(k, name); return ok }) {
 			vars[name] = value
 		}
 	}
@@ -229,10 +206,7 @@ func buildEnvironment(s *settings, cred *credential) (env, pathDirs []string) {
 	}
 	maps.Copy(vars, s.EnvSet)
 	maps.DeleteFunc(vars, func(name, _ string) bool { return name == "API_KEY" || strings.HasPrefix(name, "AGENT_EXEC_") })
-	for _, name := range slices.Sorted(maps.Keys(vars)) {
-		env = append(env, name+"="+vars[name])
-	}
-	return env, pathDirs
+	return each(slices.Sorted(maps.Keys(vars)), func(name string) string { return name + "=" + vars[name] }), pathDirs
 }
 
 // credential is the user that commands run as.
@@ -257,15 +231,12 @@ func lookupCredential(name string) (*credential, error) {
 		id, idErr := strconv.ParseUint(text, 10, 32)
 		err, ids = cmp.Or(err, idErr), append(ids, uint32(id))
 	}
-	if err != nil {
-		return nil, err
-	}
 	c := &credential{ids[0], ids[1], ids[2:], u.Username, u.HomeDir, "/bin/sh"}
 	passwd, _ := os.ReadFile("/etc/passwd") // os/user leaves the shell out; without the file it stays /bin/sh
 	if m := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(c.Name) + `:.*:(/.*)$`).FindSubmatch(passwd); m != nil {
 		c.Shell = string(m[1])
 	}
-	return c, nil
+	return c, err
 }
 
 // openTrusted opens a file (one that the flags create is private): never through a link, never waiting (a FIFO), never taking a
@@ -284,16 +255,12 @@ func openTrusted(path string, flags int, refused fs.FileMode) (*os.File, fs.File
 	}
 	if err != nil {
 		f.Close()
-		return nil, nil, err
 	}
-	return f, info, nil
+	return f, info, err
 }
 
 func checkModes(path string, info fs.FileInfo, dir bool, refused fs.FileMode) error {
-	uid, euid, chmod := int(info.Sys().(*syscall.Stat_t).Uid), os.Geteuid(), "go-w"
-	if refused == private {
-		chmod = "600"
-	}
+	uid, euid, chmod := int(info.Sys().(*syscall.Stat_t).Uid), os.Geteuid(), pick(refused == private, "600", "go-w")
 	switch {
 	case !dir && !info.Mode().IsRegular():
 		return fmt.Errorf("%s is not a regular file", path)
@@ -307,7 +274,7 @@ func checkModes(path string, info fs.FileInfo, dir bool, refused fs.FileMode) er
 
 func checkTrustedDir(path string) error {
 	f, _, err := openTrusted(path, syscall.O_DIRECTORY, guarded)
-	f.Close() // nil can be closed, too
+	f.Close() // nil can be closed, and what is closed
 	return orSetup(err)
 }
 
@@ -328,15 +295,14 @@ func readTrusted(path string, refused fs.FileMode) ([]byte, error) {
 	defer f.Close()
 	data, err := io.ReadAll(io.LimitReader(f, maxConfigBytes))
 	after, statErr := f.Stat()
-	switch {
-	case err != nil || statErr != nil:
-		return nil, cmp.Or(err, statErr)
+	switch err = cmp.Or(err, statErr); {
+	case err != nil:
 	case len(data) == maxConfigBytes:
-		return nil, fmt.Errorf("%s is larger than a configuration file may be (%d bytes)", path, maxConfigBytes-1)
+		err = fmt.Errorf("%s is larger than a configuration file may be (%d bytes)", path, maxConfigBytes-1)
 	case before.Size() != after.Size() || !before.ModTime().Equal(after.ModTime()): // a rename over it moves the ctime alone
-		return nil, fmt.Errorf("%s was being changed while it was read", path)
+		err = fmt.Errorf("%s was being changed while it was read", path)
 	}
-	return data, nil
+	return data, err
 }
 
 // fileVersion tells one state of a file from another; changed is the ctime in nanoseconds, which every change of the file moves.
@@ -392,11 +358,10 @@ func configTable(p paths, start startup, s *settings) (rows []configRow) {
 			rows = append(rows, configRow{startupNames[i], value, waits})
 		}
 	}
-	if s == nil {
-		return rows
-	}
-	for _, key := range slices.Sorted(maps.Keys(s.source.nodes)) {
-		rows = append(rows, configRow{key, json.RawMessage(s.source.nodes[key].raw), pick(slices.Contains(restartOnly, key), waits, reloads)})
+	if s != nil {
+		for _, key := range slices.Sorted(maps.Keys(s.source.nodes)) {
+			rows = append(rows, configRow{key, json.RawMessage(s.source.nodes[key].raw), pick(slices.Contains(restartOnly, key), waits, reloads)})
+		}
 	}
 	return rows
 }
@@ -461,32 +426,23 @@ func newSnapshot(p paths, data []byte, plugins []ruleSet) (*snapshot, error) {
 	}
 	s.env, s.pathDirs = buildEnvironment(set, s.cred)
 	s.hookEnv, _ = buildEnvironment(set, nil)
-	sets := []ruleSet{{Source: "settings.json", Allow: set.Allow, Deny: set.Deny}}
-	for _, plugin := range plugins {
-		if !set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) {
-			sets = append(sets, plugin)
-		}
-	}
-	s.policy, err = compilePolicy(sets)
-	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == sets[0].Source {
+	off := func(plugin ruleSet) bool { return set.disabled(strings.TrimPrefix(plugin.Source, pluginSource)) }
+	own := ruleSet{Source: "settings.json", Allow: set.Allow, Deny: set.Deny}
+	s.policy, err = compilePolicy(append([]ruleSet{own}, slices.DeleteFunc(slices.Clone(plugins), off)...))
+	if bad, ok := errors.AsType[*ruleError](err); ok && bad.Source == own.Source {
 		key := "exec." + bad.List
 		r.fail(r.nodes[key].items[bad.Index], key, "rule %q: %v", bad.Rule, errors.Unwrap(bad.error))
 	}
-	if err = cmp.Or(r.err, err); err != nil {
-		return nil, err
-	}
-	tests := func(key string, commands []ruleSpec, allowed bool) {
-		for i, c := range commands {
-			if c.Argv == nil {
-				c.Argv = strings.Split(c.Text, " ")
-			}
-			if _, d := s.policy.decide(c.Argv); d.Allowed != allowed {
-				r.fail(r.nodes[key].items[i], key, "%q is decided otherwise: %s", c.Argv, d.why())
-			}
+	r.err = cmp.Or(r.err, err) // the first stays: without a policy the tests would fail, too
+	for i, n := range slices.Concat(r.nodes["exec.tests.allowed"].items, r.nodes["exec.tests.refused"].items) {
+		argv, allowed := n.texts(), i < len(set.TestsAllowed)
+		if n.kind == '"' {
+			argv = strings.Split(n.str, " ")
+		}
+		if _, d := s.policy.decide(argv); d.Allowed != allowed {
+			r.fail(n, "exec.tests."+pick(allowed, "allowed", "refused"), "%q is decided otherwise: %s", argv, d.why())
 		}
 	}
-	tests("exec.tests.allowed", set.TestsAllowed, true)
-	tests("exec.tests.refused", set.TestsRefused, false)
 	if r.err != nil {
 		return nil, r.err
 	}
@@ -528,29 +484,12 @@ func (s *store) current() (snap *snapshot, news bool, err error) {
 }
 
 // editRules adds or removes one rule of exec.allow or exec.deny in place. What would not load is not written.
-func editRules(p paths, list string, rule ruleSpec, remove bool, plugins []ruleSet) error {
-	s, err := loadSettings(p)
-	if err != nil {
-		return err
-	}
+func editRules(p paths, s *settings, list string, rule ruleSpec, remove bool, plugins []ruleSet) error {
 	text := editList(s.source.text, "exec."+list, rule, remove)
 	if _, err := newSnapshot(p, []byte(text), plugins); err != nil {
 		return err
 	}
 	return s.replace(p, "exec."+list, text)
-}
-
-// editPluginState enables or disables a plugin in place. Whether exec.tests still hold is not tried: that takes the plugins' rules.
-func editPluginState(p paths, name string, enable bool) error {
-	s, err := loadSettings(p)
-	if err != nil {
-		return err
-	}
-	text := editList(s.source.text, "plugins.disabled", name, enable)
-	if enable && s.PluginsMode == "explicit" {
-		text = editList(text, "plugins.enabled", name, false)
-	}
-	return s.replace(p, "plugins", text)
 }
 
 // replace puts another text, in which the key is edited, in the place of settings.json.

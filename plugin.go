@@ -107,11 +107,10 @@ func readPlugin(p paths, name string) (*plugin, error) {
 		err = cmp.Or(err, unread, open)
 	}
 	for _, hook := range []string{pl.before, pl.after} {
-		if hook == "" || err != nil {
-			continue
-		}
-		if pl.hooks[hook], err = checkFile(dir, hook); err == nil && pl.hooks[hook].mode&0o111 == 0 {
-			err = fmt.Errorf("%s is not executable: run chmod u+x", filepath.Join(dir, hook))
+		if hook != "" && err == nil {
+			if pl.hooks[hook], err = checkFile(dir, hook); err == nil && pl.hooks[hook].mode&0o111 == 0 {
+				err = fmt.Errorf("%s is not executable: run chmod u+x", filepath.Join(dir, hook))
+			}
 		}
 	}
 	return pl, err
@@ -119,13 +118,11 @@ func readPlugin(p paths, name string) (*plugin, error) {
 
 // pluginDir is where a plugin of that name lies; an error says that none can be called so.
 func pluginDir(p paths, name string) (dir string, err error) {
-	if !pluginName.MatchString(name) || reservedWord(name) {
+	if !pluginName.MatchString(name) || slices.Contains(reservedPluginWords, name) {
 		err = fmt.Errorf("the name %q must be one word of a-z, 0-9 and -, and none of %s", name, reservedPluginWords)
 	}
 	return filepath.Join(p.plugins, name), err
 }
-
-func reservedWord(word string) bool { return slices.Contains(reservedPluginWords, word) }
 
 // checkFile gives the version of a plugin's file. It holds the file, and the directories on the way to it, to strict modes: who
 // may write there may exchange the file.
@@ -143,28 +140,23 @@ func checkFile(dir, name string) (fileVersion, error) {
 }
 
 // parsePlugin reads a plugin's settings.json; its errors begin with the file.
-func parsePlugin(name, file string, data []byte) (*plugin, error) {
-	var f struct {
-		PluginType, PluginCommand, PluginInvoke, PluginBefore, PluginAfter string
-		PluginAPIVersion                                                   int
-		Allow, Deny                                                        []ruleSpec
+func parsePlugin(name, file string, data []byte) (p *plugin, err error) {
+	p = &plugin{Name: name, Rules: ruleSet{Source: pluginSource + name}}
+	r := readSettings(file, pluginDefaults, data, &p.Rules)
+	if n := r.nodes["plugin.apiVersion"]; n.raw != "1" {
+		r.fail(n, "plugin.apiVersion", "must be 1")
 	}
-	r, err := readSettings(file, pluginDefaults, data, &f)
-	if err == nil && f.PluginAPIVersion != 1 {
-		r.fail(r.nodes["plugin.apiVersion"], "plugin.apiVersion", "must be 1")
-		err = r.err
+	if r.err != nil {
+		return nil, r.err
 	}
-	if err != nil {
-		return nil, err
-	}
-	p := &plugin{Name: name, Type: f.PluginType, Command: f.PluginCommand, Invoke: f.PluginInvoke}
-	p.before, p.after = f.PluginBefore, f.PluginAfter
-	p.Rules = ruleSet{Source: pluginSource + name, Command: p.Command, Allow: f.Allow, Deny: f.Deny}
+	text := func(key string) string { return r.nodes["plugin."+key].str }
+	p.Type, p.Command, p.Invoke = text("type"), text("command"), text("invoke")
+	p.before, p.after, p.Rules.Command = text("before"), text("after"), p.Command
 	switch p.routes, err = parseRoutes(name, r.nodes["plugin.routes"]); {
 	case err != nil:
-	case p.Command == "" && (p.Type != "skill" || len(f.Allow) > 0):
+	case p.Command == "" && (p.Type != "skill" || len(p.Rules.Allow) > 0):
 		err = errors.New("missing plugin.command")
-	case reservedWord(p.Command):
+	case slices.Contains(reservedPluginWords, p.Command):
 		err = fmt.Errorf("the command %q is reserved: choose another", p.Command)
 	case p.Type == "skill" && (p.before+p.after != "" || len(p.routes) > 0):
 		err = errors.New("a skill plugin has neither hooks nor routes: use the type exec")
@@ -180,29 +172,27 @@ func parsePlugin(name, file string, data []byte) (*plugin, error) {
 }
 
 // parseRoutes reads the routes and tries them beside each other.
-func parseRoutes(name string, n *node) (routes map[string][]string, err error) {
-	routes, mux, key := map[string][]string{}, http.NewServeMux(), ""
-	defer func() {
-		if said := recover(); said != nil { // so net/http says what is wrong with a pattern, or what it conflicts with
-			why := routePlace.ReplaceAllString(fmt.Sprint(said), "")
-			err = fmt.Errorf("the route %q cannot be used: %s", key, strings.ReplaceAll(why, "\n", " "))
-		}
-	}()
-	for i := range n.keys {
-		if key = n.keys[i].str; isComment(key) {
+func parseRoutes(name string, n *node) (map[string][]string, error) {
+	routes, mux := map[string][]string{}, http.NewServeMux()
+	for i, key := range n.keys {
+		if isComment(key.str) {
 			continue
 		}
-		argv, pattern := n.items[i].texts(), strings.Replace(key, " ", " /api/command/"+name, 1)
-		if err := checkRoute(key, argv); err != nil {
-			return nil, fmt.Errorf("the route %q cannot be used: %w", key, err)
+		argv, pattern := n.items[i].texts(), strings.Replace(key.str, " ", " /api/command/"+name, 1)
+		if err := tryRoute(mux, key.str, pattern, argv); err != nil {
+			return nil, fmt.Errorf("the route %q cannot be used: %w", key.str, err)
 		}
-		mux.Handle(pattern, http.NotFoundHandler())
 		routes[pattern] = argv
 	}
 	return routes, nil
 }
 
-func checkRoute(key string, argv []string) error {
+func tryRoute(mux *http.ServeMux, key, pattern string, argv []string) (err error) {
+	defer func() {
+		if said := recover(); said != nil { // so net/http says what is wrong with a pattern, or what it conflicts with
+			err = errors.New(strings.ReplaceAll(routePlace.ReplaceAllString(fmt.Sprint(said), ""), "\n", " "))
+		}
+	}()
 	if !routeForm.MatchString(key) || argv == nil {
 		return errors.New(`write "METHOD /path": ["command", ...], with GET, POST, PUT, PATCH or DELETE, and segments of plain text or {name}`)
 	}
@@ -213,6 +203,7 @@ func checkRoute(key string, argv []string) error {
 			return fmt.Errorf("%q: a {name} of the path stands for a whole argument, and never for the command", arg)
 		}
 	}
+	mux.Handle(pattern, http.NotFoundHandler())
 	return checkArgv(argv)
 }
 
@@ -220,11 +211,10 @@ func checkRoute(key string, argv []string) error {
 func routeArgv(argv []string, value func(string) string) ([]string, error) {
 	argv = slices.Clone(argv)
 	for i, arg := range argv {
-		if !routeWildcard.MatchString(arg) {
-			continue
-		}
-		if argv[i] = value(strings.Trim(arg, "{}")); !routeValue.MatchString(argv[i]) {
-			return nil, fmt.Errorf("the path value %q for %s is empty, begins with -, or holds a control character", argv[i], arg)
+		if routeWildcard.MatchString(arg) {
+			if argv[i] = value(strings.Trim(arg, "{}")); !routeValue.MatchString(argv[i]) {
+				return nil, fmt.Errorf("the path value %q for %s is empty, begins with -, or holds a control character", argv[i], arg)
+			}
 		}
 	}
 	return argv, checkArgv(argv)
@@ -276,19 +266,15 @@ func parseHookOutput(data []byte, which string) (none hookOutput, err error) {
 		return none, nil
 	}
 	root, err := parseStrict(data)
-	if err != nil {
-		return none, err
-	}
 	said, decoder := hookOutput{}, json.NewDecoder(bytes.NewReader(data))
 	decoder.DisallowUnknownFields()
-	if err := decoder.Decode(&said); err != nil {
+	if err = cmp.Or(err, decoder.Decode(&said)); err != nil {
 		return none, err
 	}
-	switch e := said.Error; {
-	case len(root.keys) != 1:
-	case which == "before" && checkArgv(root.items[0].texts()) == nil,
-		which == "after" && said.Result != nil,
-		e != nil && e.Status >= 400 && e.Status <= 599 && e.Code != "" && e.Message != "":
+	e := said.Error
+	if len(root.keys) == 1 && (which == "before" && checkArgv(root.items[0].texts()) == nil ||
+		which == "after" && said.Result != nil ||
+		e != nil && e.Status >= 400 && e.Status <= 599 && e.Code != "" && e.Message != "") {
 		return said, nil
 	}
 	return none, fmt.Errorf("a hook that runs %s answers with one of args (before), result (after) and error", which)
@@ -300,8 +286,13 @@ func editPlugin(p paths, s *settings, name, action string) error {
 	if info, missing := os.Lstat(dir); err != nil || missing != nil || !info.IsDir() {
 		return fmt.Errorf("there is no plugin %q: aexec plugin list shows what there is", name)
 	}
-	if action != "remove" || s.PluginsMode == "explicit" && s.enabled(name) { // a start would miss one that is gone
-		err = editPluginState(p, name, action == "enable")
+	explicit, enable := s.PluginsMode == "explicit", action == "enable"
+	if action != "remove" || explicit && s.enabled(name) { // a start would miss one that is gone
+		text := editList(s.source.text, "plugins.disabled", name, enable)
+		if explicit && enable {
+			text = editList(text, "plugins.enabled", name, false)
+		}
+		err = s.replace(p, "plugins", text) // whether exec.tests still hold is not tried: that takes the plugins' rules
 	}
 	if err == nil && action == "remove" {
 		err = os.RemoveAll(dir) // never what a link leads to
@@ -321,8 +312,7 @@ func createPlugin(p paths, s *snapshot, o plugin, force, always bool, run func(c
 	if err = cmp.Or(err, wrong, checkTrustedDir(p.plugins)); err != nil {
 		return false, "", err
 	}
-	template, _ := skillFiles.ReadFile("skills/_plugin.md") // it is built in
-	parts := strings.Split(string(template), "\n=====\n")   // SKILL.md, references/usage.md, settings.json, one request
+	parts := strings.Split(skillText("_plugin.md"), "\n=====\n") // SKILL.md, references/usage.md, settings.json, one request
 	rules, requests, said, found := []string{}, "", [2]string{"(nothing)", "(nothing)"}, false
 	for i, forms := range [][]string{{"--help", "-h", "help"}, {"--version", "-v", "version"}} {
 		for _, form := range forms {

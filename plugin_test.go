@@ -989,23 +989,23 @@ func TestEnableDisableRemove(t *testing.T) {
 		pluginMust(t, err)
 		return s
 	}
-	pluginMust(t, editPlugin(p, &settings{}, "twin", "disable"))
-	pluginMust(t, editPlugin(p, &settings{}, "broken", "disable"))
-	pluginMust(t, editPlugin(p, &settings{}, "b", "disable"))
+	pluginMust(t, editPlugin(p, read(), "twin", "disable"))
+	pluginMust(t, editPlugin(p, read(), "broken", "disable"))
+	pluginMust(t, editPlugin(p, read(), "b", "disable"))
 	if s := read(); !slices.Equal(s.PluginsDisabled, []string{"twin", "broken", "b"}) {
 		t.Errorf("disabled %q", s.PluginsDisabled)
 	}
-	pluginMust(t, editPlugin(p, &settings{}, "b", "enable"))
+	pluginMust(t, editPlugin(p, read(), "b", "enable"))
 	for _, name := range []string{"none", "", "../config/plugins/a", "/etc", "a/../a", ".."} {
-		if err := editPlugin(p, &settings{}, name, "enable"); err == nil {
+		if err := editPlugin(p, read(), name, "enable"); err == nil {
 			t.Errorf("%q is enabled", name)
 		}
 	}
 	for _, name := range []string{"none", "", "..", "../plugins", "../outside", "/etc", "a/..", "a/SKILL.md", "."} {
-		if editPlugin(p, &settings{}, name, "disable") == nil {
+		if editPlugin(p, read(), name, "disable") == nil {
 			t.Errorf("%q is disabled", name)
 		}
-		if editPlugin(p, &settings{}, name, "remove") == nil {
+		if editPlugin(p, read(), name, "remove") == nil {
 			t.Errorf("%q is removed", name)
 		}
 	}
@@ -1017,7 +1017,7 @@ func TestEnableDisableRemove(t *testing.T) {
 	pluginMust(t, os.MkdirAll(outside, 0o700))
 	pluginMust(t, os.WriteFile(filepath.Join(outside, "precious"), nil, 0o600))
 	pluginMust(t, os.Symlink(outside, filepath.Join(p.plugins, "a/link")))
-	pluginMust(t, editPlugin(p, &settings{}, "a", "remove"))
+	pluginMust(t, editPlugin(p, read(), "a", "remove"))
 	if _, err := os.Stat(filepath.Join(outside, "precious")); err != nil {
 		t.Error(err)
 	}

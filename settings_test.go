@@ -311,7 +311,10 @@ func TestEditRules(t *testing.T) {
 	edit := func(list string, rule ruleSpec, remove bool, want string) {
 		t.Helper()
 		before := configRead(t, p.settings)
-		err := editRules(p, list, rule, remove, nil)
+		s, err := loadSettings(p)
+		if err == nil {
+			err = editRules(p, s, list, rule, remove, nil)
+		}
 		switch got := configRead(t, p.settings); {
 		case want == "" && err != nil:
 			t.Errorf("%v: %v", rule, err)
@@ -356,6 +359,9 @@ func TestEditRules(t *testing.T) {
 
 func TestEditPluginState(t *testing.T) {
 	p := configDir(t)
+	if err := os.Mkdir(filepath.Join(p.plugins, "x"), 0o700); err != nil {
+		t.Fatal(err)
+	}
 	for _, c := range []struct {
 		before string
 		enable bool
@@ -373,7 +379,10 @@ func TestEditPluginState(t *testing.T) {
 		{`{"plugins":[]}`, false, ""},
 	} {
 		configWrite(t, p.settings, c.before, 0o600)
-		err := editPluginState(p, "x", c.enable)
+		s, err := loadSettings(p)
+		if err == nil {
+			err = editPlugin(p, s, "x", map[bool]string{true: "enable", false: "disable"}[c.enable])
+		}
 		want := c.after
 		if want == "" {
 			want = c.before

@@ -17,10 +17,8 @@ import (
 	"unicode/utf8"
 )
 
-const (
-	maxJSONCommas = 1 << 19           // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
-	maxSetting    = 1_000_000_000_000 // of any number; a time.Duration holds as many milliseconds
-)
+const maxJSONCommas = 1 << 19        // as many as 1 MiB of values can have; each value takes about 150 bytes of memory
+const maxSetting = 1_000_000_000_000 // of any number; a time.Duration holds as many milliseconds
 
 // nodeKinds names the kinds of a node for people.
 var nodeKinds = map[byte]string{'{': "an object", '[': "an array", '"': "a string", '0': "a number", 't': "true or false"}
@@ -30,7 +28,7 @@ type node struct {
 	kind  byte    // a key of nodeKinds, 'n' for null, or 'u' for a string with half a surrogate pair, which is not Unicode
 	start int     // byte offset into the text
 	raw   string  // as written
-	str   string  // the string, or the number's literal
+	str   string  // of a string, what it says
 	keys  []*node // of an object, in order, unique
 	items []*node // of an object or an array
 }
@@ -74,11 +72,6 @@ func parseStrict(data []byte) (root *node, err error) {
 	if syntax, bad := errors.AsType[*json.SyntaxError](json.Unmarshal(data, new(json.RawMessage))); bad {
 		return nil, errorAt(text, max(int(syntax.Offset)-1, 0), "%v", syntax)
 	}
-	for at, c := range text {
-		if c == utf8.RuneError && !strings.HasPrefix(text[at:], "\ufffd") {
-			return nil, errorAt(text, at, "is not UTF-8")
-		}
-	}
 	if strings.Count(text, ",") > maxJSONCommas {
 		return nil, errorAt(text, 0, "has more than %d commas", maxJSONCommas)
 	}
@@ -89,7 +82,8 @@ func parseStrict(data []byte) (root *node, err error) {
 		rest := strings.TrimLeft(text[d.InputOffset():], " \t\r\n,:") // nothing else stands before a value or key
 		n, seen := &node{kind: rest[0], start: len(text) - len(rest)}, map[string]bool{}
 		token, _ := d.Token()
-		switch token := token.(type) {
+		n.str, _ = token.(string)
+		switch token.(type) {
 		case json.Delim:
 			for d.More() {
 				item := value()
@@ -104,13 +98,14 @@ func parseStrict(data []byte) (root *node, err error) {
 			}
 			d.Token() // the bracket
 		case json.Number:
-			n.kind, n.str = '0', string(token)
+			n.kind = '0'
 		case bool:
 			n.kind = 't'
-		case string:
-			n.str = token
 		}
 		n.raw = text[n.start:d.InputOffset()]
+		if n.kind == '"' && err == nil && !utf8.ValidString(n.raw) { // outside of strings it is a syntax error
+			err = errorAt(text, n.start, "is not UTF-8")
+		}
 		if n.kind == '"' && slices.ContainsFunc(escapes.FindAllString(n.raw, -1), func(s string) bool { return len(s) == 6 }) {
 			n.kind = 'u'
 		}
@@ -135,8 +130,7 @@ func editList(text, key string, value any, remove bool) string {
 		at = slices.IndexFunc(n.items, func(v *node) bool { return string(marshal(ruleSpec{v.str, v.texts()})) == member })
 	}
 	last := len(n.items) - 1
-	switch {
-	case remove && at >= 0: // with the comma that set it apart
+	if remove && at >= 0 { // with the comma that set it apart
 		from, to := n.items[at].start, n.items[at].end()
 		if at < last {
 			to = n.items[at+1].start
@@ -144,7 +138,7 @@ func editList(text, key string, value any, remove bool) string {
 			from = n.items[at-1].end()
 		}
 		return editList(text[:from]+text[to:], key, value, true)
-	case !remove && at < 0: // set apart as the first is
+	} else if !remove && at < 0 { // set apart as the first is
 		end := n.start + 1
 		if last >= 0 {
 			first := len(text) - len(strings.TrimLeft(text[end:], " \t\r\n"))
@@ -159,7 +153,7 @@ func editList(text, key string, value any, remove bool) string {
 // ---- settings
 
 // defaultSettings is the defaults, and the schema: what it does not have is unknown. Setup writes it with one rule.
-var defaultSettings = defaultText("_settings.json")
+var defaultSettings = skillText("_settings.json")
 
 // restartOnly are the settings that do not reload.
 var restartOnly = []string{"maxRequestBodyBytes", "rateLimit.windowMs", "rateLimit.max", "plugins.mode", "plugins.enabled"}
@@ -194,10 +188,7 @@ var fieldName = strings.NewReplacer("exec.limits.", "", "exec.", "", ".", "", "M
 
 func parseSettings(p paths, data []byte) (*settings, error) {
 	s := &settings{EnvSet: map[string]string{}}
-	r, err := readSettings(p.settings, defaultSettings, data, s)
-	if err != nil {
-		return nil, err
-	}
+	r := readSettings(p.settings, defaultSettings, data, s)
 	set := r.nodes["exec.env.set"]
 	for i, name := range set.keys {
 		if !isComment(name.str) {
@@ -209,8 +200,11 @@ func parseSettings(p paths, data []byte) (*settings, error) {
 	for _, d := range []*time.Duration{&s.Timeout, &s.KillGrace, &s.RateLimitWindow} {
 		*d *= time.Millisecond
 	}
+	if r.err != nil {
+		return nil, r.err
+	}
 	s.source, s.AuditFile = r, cmp.Or(s.AuditFile, p.audit)
-	return s, r.err
+	return s, nil
 }
 
 // disabled says whether a plugin is off.
@@ -234,20 +228,20 @@ type form struct {
 	want string
 }
 
-func newForm(pattern, want string) form {
-	return form{regexp.MustCompile(`^(?:` + pattern + `)$`).MatchString, want}
+func newForm(pattern, want string) *form {
+	return &form{regexp.MustCompile(`^(?:` + pattern + `)$`).MatchString, want}
 }
 
 var (
 	anyText      = newForm(`[^\x00]*`, "a string (without NUL and lone surrogates)")
 	absolutePath = newForm(`(/[^\x00]*)?`, "an absolute path, or empty")
 	variable     = newForm(`[^*=\x00]*[^=\x00]`, "the name of a variable (a * may end it)")
-	network      = form{func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *"}
+	network      = &form{func(s string) bool { return parseNetwork(s) != nil }, "an address, a network like 10.0.0.0/8, or *"}
 
 	hookPath = newForm(`([^/.\pC][^/\pC]*(/[^/.\pC][^/\pC]*)*)?`, "a path inside the plugin, such as hooks/before")
 
 	// forms are those of the texts that are not just any, of a plugin's settings too.
-	forms = map[string]form{
+	forms = map[string]*form{
 		"exec.cwd": absolutePath, "audit.file": absolutePath, "plugins.mode": newForm("auto|explicit", `"auto" or "explicit"`),
 		"exec.env.keep": variable, "ip.allow": network, "ip.deny": network, "plugin.before": hookPath, "plugin.after": hookPath,
 		"plugin.type":    newForm("skill|exec|trusted", "skill, exec or trusted (system is reserved)"),
@@ -271,7 +265,7 @@ func (r *settingsFile) fail(n *node, key, format string, args ...any) {
 }
 
 // readSettings reads a settings file, a plugin's too, that may have what the defaults have, into fields that fieldName names.
-func readSettings(file, defaults string, data []byte, fields any) (*settingsFile, error) {
+func readSettings(file, defaults string, data []byte, fields any) *settingsFile {
 	r := &settingsFile{file: file, text: string(data), fields: fields, nodes: map[string]*node{}}
 	known, _ := parseStrict([]byte(defaults)) // ours
 	r.walk("", known, known)
@@ -280,13 +274,13 @@ func readSettings(file, defaults string, data []byte, fields any) (*settingsFile
 	}
 	root, err := parseStrict(data)
 	if err != nil {
-		return nil, fmt.Errorf("%s:%w", file, err)
-	}
-	if root.kind != '{' {
+		r.err = fmt.Errorf("%s:%w", file, err)
+	} else if root.kind != '{' {
 		r.fail(root, "settings", "must be an object")
+	} else {
+		r.walk("", root, known)
 	}
-	r.walk("", root, known)
-	return r, r.err
+	return r
 }
 
 // walk takes over the members of n, and refuses those that the defaults do not know, or that are something else there.
@@ -311,15 +305,11 @@ func (r *settingsFile) walk(prefix string, n, known *node) {
 
 // take holds a number to its range, in which 0 is only if it is the default (no limit), or a text to its form, and sets the field.
 func (r *settingsFile) take(key string, v, def *node) {
-	if def.kind == '0' {
-		i, err := strconv.ParseUint(v.str, 10, 64)
-		if least := min(def.raw, "1"); err != nil || i > maxSetting || i == 0 && least == "1" {
-			r.fail(v, key, "must be a whole number from %s to %d", least, maxSetting)
-		}
-	} else if f, named := forms[key]; named {
-		r.hold(key, v, f)
-	} else if def.kind != 't' {
-		r.hold(key, v, anyText)
+	switch i, err := strconv.ParseUint(v.raw, 10, 64); {
+	case def.kind == '"' || def.kind == '[':
+		r.hold(key, v, cmp.Or(forms[key], anyText))
+	case def.kind == '0' && (err != nil || i > maxSetting || i == 0 && def.raw != "0"):
+		r.fail(v, key, "must be a whole number from %s to %d", min(def.raw, "1"), maxSetting)
 	}
 	if json.Unmarshal(fmt.Appendf(nil, "{%q:%s}", fieldName(key), v.raw), r.fields) != nil { // all else has been checked
 		r.fail(v, key, "has a list where a string must be")
@@ -327,7 +317,7 @@ func (r *settingsFile) take(key string, v, def *node) {
 }
 
 // hold wants every text in n to have the form; how deep lists may lie in one another, the type of the field says.
-func (r *settingsFile) hold(key string, n *node, f form) {
+func (r *settingsFile) hold(key string, n *node, f *form) {
 	if n.kind != '[' && (n.kind != '"' || !f.ok(n.str)) {
 		r.fail(n, key, "must be %s", f.want)
 	}
@@ -347,17 +337,15 @@ func (r *ruleSpec) UnmarshalJSON(data []byte) error {
 // networks are prefixes; "*" is 0.0.0.0/0 and ::/0.
 type networks []netip.Prefix
 
-// UnmarshalJSON reads a text or a list of them, which have been checked.
+// UnmarshalJSON reads a text or a list of them, which have been checked: it may be written as a rule is.
 func (n *networks) UnmarshalJSON(data []byte) error {
-	v, err := parseStrict(data)
-	if err != nil || len(v.texts()) != len(v.items) {
-		return cmp.Or(err, errors.New("a list in a list"))
-	}
+	var list ruleSpec
+	err := list.UnmarshalJSON(data)
 	*n = nil
-	for _, text := range append(v.texts(), v.str) { // a list has no text of its own
+	for _, text := range append(list.Argv, list.Text) { // a list has no text of its own
 		*n = append(*n, parseNetwork(text)...)
 	}
-	return nil
+	return err
 }
 
 // parseNetwork gives nothing for what is no address, network or *. A zone is refused; IPv4 within IPv6 becomes IPv4, as peers do.

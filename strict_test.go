@@ -41,7 +41,7 @@ func strictPlain(n *node) any {
 			object[n.keys[i].str] = strictPlain(v)
 		}
 	}
-	return map[byte]any{'{': object, '[': list, '"': n.str, 'u': n.str, '0': json.Number(n.str), 't': n.raw == "true"}[n.kind]
+	return map[byte]any{'{': object, '[': list, '"': n.str, 'u': n.str, '0': json.Number(n.raw), 't': n.raw == "true"}[n.kind]
 }
 
 // checkPlaces holds every node to its place: the bytes there are the value, the bytes at a key are the key.
