@@ -73,13 +73,17 @@ func (c *call) json(status int, v any) *apiError {
 	return nil
 }
 
-// marshal leaves <, > and & as they are: agents read the text, browsers are told not to.
 func marshal(v any) []byte {
 	var b bytes.Buffer
-	enc := json.NewEncoder(&b)
+	encode(&b, v)
+	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
+}
+
+// encode leaves <, > and & as they are: agents read the text, browsers are told not to.
+func encode(b *bytes.Buffer, v any) {
+	enc := json.NewEncoder(b)
 	enc.SetEscapeHTML(false)
 	enc.Encode(v) // our own types encode, so there is no error
-	return bytes.TrimSuffix(b.Bytes(), []byte("\n"))
 }
 
 func (c *call) acl() *apiError {
@@ -506,7 +510,10 @@ func (c *call) output(stream int, p []byte, idle bool) error {
 }
 
 // jsonText is output on its way into a JSON string, piece by piece. Half a character at the end of a piece waits for the next.
-type jsonText struct{ held []byte }
+type jsonText struct {
+	held []byte
+	buf  bytes.Buffer
+}
 
 // next gives what is whole as the inside of that string, what is no UTF-8 as U+FFFD, and counts its bytes. No piece: it was the last.
 func (t *jsonText) next(piece []byte) (text []byte, length int) {
@@ -517,7 +524,8 @@ func (t *jsonText) next(piece []byte) (text []byte, length int) {
 			length = len(t.held) - n
 		}
 	}
-	text = marshal(string(t.held[:length]))
+	t.buf.Reset() // and use it again: a flood of output is many pieces
+	encode(&t.buf, string(t.held[:length]))
 	t.held = append(t.held[:0], t.held[length:]...)
-	return text[1 : len(text)-1], length
+	return t.buf.Bytes()[1 : t.buf.Len()-2], length
 }
