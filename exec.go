@@ -23,8 +23,9 @@ import (
 )
 
 const (
-	startPatience = 3 * time.Second // how long the kernel may take over one exec before it is given up
-	sweepPatience = 5 * time.Second // how long a killed process may take to die (it hangs in the kernel: a dead network file system)
+	startPatience = 3 * time.Second  // how long the kernel may take over one exec before it is given up
+	birthPatience = time.Second / 10 // how much longer a start may take that is to end, before it is killed unborn
+	sweepPatience = 5 * time.Second  // how long a killed process may take to die (it hangs in the kernel: a dead network file system)
 	sweepPauseMin = 100 * time.Microsecond
 	sweepPauseMax = 5 * time.Millisecond
 	drainPatience = time.Second // how long a pipe may stay open and silent when nothing of the command is left
@@ -181,6 +182,7 @@ type run struct {
 	command
 	ctx    context.Context // done when the run is to end; its cause says why
 	stop   context.CancelCauseFunc
+	forked chan struct{} // closed when the first process has its number, or there will be none
 	exited chan struct{} // closed when the first process is dead, or there will be none
 
 	// guarded by runner.mu
@@ -208,7 +210,8 @@ func (r *runner) run(ctx context.Context, c command) (o outcome) {
 	if len(c.what.argv) == 0 {
 		return outcome{end: endInternal, err: errors.New("the command was not approved")}
 	}
-	x := &run{runner: r, command: c, exited: make(chan struct{}), pid: gone, status: syscall.WaitStatus(syscall.SIGKILL)}
+	x := &run{runner: r, command: c, forked: make(chan struct{}), exited: make(chan struct{}), pid: gone}
+	x.status = syscall.WaitStatus(syscall.SIGKILL)
 	x.ctx, x.stop = context.WithCancelCause(ctx)
 	defer x.stop(nil)
 	defer time.AfterFunc(c.timeout, func() { x.stop(endTimeout) }).Stop()
@@ -237,12 +240,11 @@ func (x *run) start() {
 	path, direct, err := x.locate()
 	var report *os.File
 	if err == nil {
-		forked := make(chan struct{})
 		x.spawners[x.noNewPrivs] <- func() {
 			report, err = x.fork(path, !direct)
-			close(forked)
+			close(x.forked)
 		}
-		<-forked
+		<-x.forked
 	}
 	closeFiles(x.childSide[:])
 	err = explainStart(cmp.Or(err, launcherError(report)), x.what.argv[0], x.cwd)
@@ -294,6 +296,14 @@ func (x *run) attend() (why end, begun bool) {
 	}
 	x.mu.Lock()
 	begun, grace := x.tag != 0, time.Duration(0)
+	x.mu.Unlock()
+	if begun {
+		select { // its output, and so its end, may come before its number
+		case <-x.forked:
+		case <-time.After(birthPatience):
+		}
+	}
+	x.mu.Lock()
 	if x.pid > 0 {
 		syscall.Kill(-x.pid, syscall.SIGTERM)
 		syscall.Kill(-x.pid, syscall.SIGCONT) // a stopped process takes no TERM
