@@ -198,6 +198,9 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // Write has its own time, so that a client that takes nothing cannot hold a command or a slot.
 func (c *call) Write(p []byte) (int, error) {
 	c.SetWriteDeadline(time.Now().Add(c.s.stall))
+	if c.s.runner.shuttingDown() { // asked after, so that it and the end cannot miss each other
+		c.SetWriteDeadline(time.Now().Add(closeTimeout))
+	}
 	return c.ResponseWriter.Write(p)
 }
 
